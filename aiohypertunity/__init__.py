@@ -1,0 +1,110 @@
+"""An asyncio-native scheduler: one `async for` over every job you have.
+
+What to run is a `Job` or a `SlurmJob`; a `Scheduler` runs it and gives back a `Result`. From the top:
+
+    _errors      what can go wrong
+    _results     what came back
+    _events      what happens meanwhile
+    _jobs        what to run
+    _ledger      rules: who waits, runs, is done; who gets which result
+    _payload     both ends of a call, whatever lies between them
+    _failures    what a job's error says
+    _calls       calls as they are at dispatch
+    _threads     blocking work of ours
+    _guardian    nothing outlives us
+    _rundir      what a scheduler has on this machine
+    _worker_main, _capture, _workers, _callables, _joblib
+                 callables: in isolated workers, or through a joblib backend
+    _scripts     scripts as asyncio subprocesses
+    _transports, _slurm
+                 Slurm jobs
+    _scheduler   the only owner of tasks
+    sync         the blocking twin
+
+A module imports only from those above it. Everything is imported when it's first used, since a program
+that only wants to make jobs, or a worker that only runs them, needs little of this.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+if sys.platform == "win32":
+    raise ImportError(
+        "aiohypertunity needs process groups and Unix sockets: on Windows, run it in WSL 2"
+    )
+
+if TYPE_CHECKING:
+    from ._errors import (
+        CollectTimeout,
+        HypertunityError,
+        JobCancelled,
+        JobCrashed,
+        JobError,
+        JobFailed,
+        JobTimeout,
+        NodeFailed,
+        NotEnoughJobs,
+        OutOfMemory,
+        PayloadError,
+        RemoteTraceback,
+        ResultLost,
+        SubmitError,
+        TransportError,
+    )
+    from ._events import (
+        Cancelled,
+        Dropped,
+        Event,
+        Finished,
+        LinkDown,
+        LinkUp,
+        Queued,
+        Retried,
+        Started,
+    )
+    from ._jobs import Job, SlurmJob
+    from ._results import Result, Status
+    from ._scheduler import Batch, Collector, JobHandle, Map, Scheduler, Statistics
+    from ._slurm import Slurm
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "_errors": (
+        "CollectTimeout", "HypertunityError", "JobCancelled", "JobCrashed", "JobError", "JobFailed",
+        "JobTimeout", "NodeFailed", "NotEnoughJobs", "OutOfMemory", "PayloadError",
+        "RemoteTraceback", "ResultLost", "SubmitError", "TransportError",
+    ),
+    "_events": (
+        "Cancelled", "Dropped", "Event", "Finished", "LinkDown", "LinkUp", "Queued", "Retried",
+        "Started",
+    ),
+    "_jobs": ("Job", "SlurmJob"),
+    "_results": ("Result", "Status"),
+    "_scheduler": ("Batch", "Collector", "JobHandle", "Map", "Scheduler", "Statistics"),
+    "_slurm": ("Slurm",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Batch", "Cancelled", "CollectTimeout", "Collector", "Dropped", "Event", "Finished",
+    "HypertunityError", "Job", "JobCancelled", "JobCrashed", "JobError", "JobFailed", "JobHandle",
+    "JobTimeout", "LinkDown", "LinkUp", "Map", "NodeFailed", "NotEnoughJobs", "OutOfMemory",
+    "PayloadError", "Queued", "RemoteTraceback", "Result", "ResultLost", "Retried", "Scheduler",
+    "Slurm", "SlurmJob", "Started", "Statistics", "Status", "SubmitError", "TransportError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME_OF]

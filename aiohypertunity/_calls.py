@@ -1,0 +1,248 @@
+"""Calls as they are at dispatch: packed once, so that nothing that happens later changes them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from . import _failures, _payload
+from ._errors import PayloadError
+from ._jobs import Args, FunctionRef, Job, ScriptRef
+from ._payload import PACKET
+
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
+
+ScriptKey: TypeAlias = "tuple[str, ...]"
+
+
+class SharedFile:
+    """A large buffer in a file, which is removed with the last call that uses it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        weakref.finalize(self, _unlink, path)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+class Call:
+    """A packed call of a callable.
+
+    Attributes:
+        function: The function blob, one object for all calls of a dispatch.
+        payload: The pickled arguments; or, if they are long, the file they are in.
+        shared: The files of the function's and the arguments' large buffers, kept while this lives.
+        n_function_files: How many of them are the function's; they come first.
+        script: Identity and content of the script that the function is taken from; None if it isn't.
+        chunk: Whether the arguments are a chunk of single ones.
+    """
+
+    __slots__ = ("chunk", "function", "n_function_files", "payload", "script", "shared")
+
+    def __init__(
+        self,
+        function: bytes,
+        payload: bytes | SharedFile,
+        shared: tuple[SharedFile, ...] = (),
+        n_function_files: int = 0,
+        script: ScriptKey | None = None,
+        *,
+        chunk: bool = False,
+    ) -> None:
+        self.function = function
+        self.payload = payload
+        self.shared = shared
+        self.n_function_files = n_function_files
+        self.script = script
+        self.chunk = chunk
+
+    def read_payload(self) -> bytes:
+        """The pickled arguments. Blocks if they are in a file."""
+        if isinstance(self.payload, bytes):
+            return self.payload
+        return Path(self.payload.path).read_bytes()
+
+    @property
+    def function_files(self) -> list[str]:
+        """The files of the function's large buffers."""
+        return [file.path for file in self.shared[: self.n_function_files]]
+
+    @property
+    def files(self) -> list[str]:
+        """The files of the arguments' large buffers."""
+        return [file.path for file in self.shared[self.n_function_files :]]
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptCall:
+    """The command line of a script, less where it writes its result.
+
+    Attributes:
+        words: The interpreter, the script, its arguments.
+        output_words: What to put before the path of the result; None to append nothing.
+        output: Where the user wants the result, absolute; None to leave it to us.
+    """
+
+    words: tuple[str, ...]
+    output_words: tuple[str, ...] | None
+    output: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Function:
+    blob: bytes
+    shared: tuple[SharedFile, ...] = ()
+    script: ScriptKey | None = None
+
+
+class Packer:
+    """Packs the calls of one dispatch: each function once, each large buffer once.
+
+    Args:
+        write: Stores a large buffer, and says in which file; None if whoever runs the calls can't read
+            our files.
+    """
+
+    def __init__(self, write: Callable[[memoryview], str] | None) -> None:
+        self._store = write
+        self._functions: dict[int, _Function | _payload.Unpicklable] = {}
+        self._refs: dict[FunctionRef, _Function] = {}
+        self._buffers: dict[tuple[int, int], tuple[SharedFile, object]] = {}
+        self._written: list[SharedFile] = []
+
+    def pack(self, job: Job[Any]) -> Call | ScriptCall | PayloadError:
+        """The call of a job; or, as a value, the reason why there can't be one."""
+        target = job.target
+        if isinstance(target, ScriptRef):
+            return script_call(job, target)
+        function = self._function(target)
+        if isinstance(function, _payload.Unpicklable):
+            return _failures.unreadable(job, function.part, function.reason)
+        args = job.args
+        try:
+            if type(args) is tuple and _PLAIN.issuperset(map(type, args)):
+                # Several times as quick as asking for large buffers that can't be there.
+                payload: bytes | SharedFile = pickle.dumps(args, 5)
+                shared: tuple[SharedFile, ...] = ()
+                if len(payload) > PACKET:
+                    payload, shared = self._pack_args(args)
+            else:
+                payload, shared = self._pack_args(args)
+        except _payload.Unpicklable as error:
+            return _failures.unreadable(job, error.part, error.reason)
+        except OSError as error:
+            return _failures.unreadable(job, "the arguments", _no_room(error))
+        files = function.shared + shared
+        return Call(function.blob, payload, files, len(function.shared), function.script)
+
+    def pack_chunk(self, target: Callable[..., Any] | FunctionRef, inputs: list[Any]) -> Call:
+        """A call of `target` with each of `inputs`, one by one.
+
+        Raises:
+            Unpicklable: It can't be packed.
+            OSError: A large buffer can't be written.
+        """
+        function = self._function(target)
+        if isinstance(function, _payload.Unpicklable):
+            raise function
+        payload, shared = self._pack_args(tuple(inputs), "input")
+        files = function.shared + shared
+        return Call(function.blob, payload, files, len(function.shared), function.script, chunk=True)
+
+    def _pack_args(
+        self, args: object, what: str = "argument"
+    ) -> tuple[bytes | SharedFile, tuple[SharedFile, ...]]:
+        self._written = []
+        payload, _ = _payload.dumps(args, what, self._write)
+        if self._store is None or len(payload) <= PACKET:
+            return payload, tuple(self._written)
+        return SharedFile(self._store(memoryview(payload))), tuple(self._written)
+
+    def _function(
+        self, target: Callable[..., Any] | FunctionRef
+    ) -> _Function | _payload.Unpicklable:
+        if isinstance(target, FunctionRef):
+            if target not in self._refs:
+                self._refs[target] = _named_function(target)
+            return self._refs[target]
+        # The jobs of a dispatch keep their functions alive, so an identity stays one's own.
+        function = self._functions.get(id(target))
+        if function is None:
+            function = self._functions[id(target)] = self._pack_function(target)
+        return function
+
+    def _pack_function(self, target: Callable[..., Any]) -> _Function | _payload.Unpicklable:
+        self._written = []
+        try:
+            blob, _ = _payload.pack_function(target, self._write)
+        except _payload.Unpicklable as error:
+            return error
+        except OSError as error:
+            return _payload.Unpicklable("the function", _no_room(error))
+        return _Function(blob, tuple(self._written))
+
+    @property
+    def _write(self) -> Callable[[memoryview], str] | None:
+        return self._write_once if self._store else None
+
+    def _write_once(self, buffer: memoryview) -> str:
+        assert self._store is not None
+        # The exporter of the buffer is kept, so that its identity can't become another's meanwhile.
+        key = id(buffer.obj), buffer.nbytes
+        if key not in self._buffers:
+            self._buffers[key] = SharedFile(self._store(buffer)), buffer.obj
+        shared = self._buffers[key][0]
+        self._written.append(shared)
+        return shared.path
+
+
+def _no_room(error: OSError) -> str:
+    return f"{error}: free some space, or set TMPDIR to a directory that has it"
+
+
+def _named_function(target: FunctionRef) -> _Function:
+    blob = _payload.name_function(target.name, path=target.path, module=target.module)
+    return _Function(blob, script=_content(target.path) if target.path else None)
+
+
+def _content(path: str) -> ScriptKey:
+    """The state of a script and of the modules beside it: another one calls for a fresh worker."""
+    directory = os.path.dirname(path)
+    with os.scandir(directory) as found:
+        files = sorted(
+            f"{file.name}:{file.stat().st_mtime_ns}:{file.stat().st_size}"
+            for file in found
+            if file.name.endswith(".py") and file.is_file()
+        )
+    return (path, *files)
+
+
+def script_call(job: Job[Any], target: ScriptRef) -> ScriptCall:
+    """The command line of a script's job."""
+    args = job.args
+    if isinstance(args, dict):
+        pairs = [(key if key.startswith("-") else f"--{key}", _word(args[key])) for key in args]
+        words = tuple(word for pair in pairs for word in pair)
+    else:
+        words = tuple(map(_word, args))
+    output_words: tuple[str, ...] | None = ("--output_file",) if isinstance(args, dict) else ()
+    if not args or _names_output(args) or (job.meta or {}).get("output") == "env":
+        output_words = None
+    return ScriptCall((*target.binary, target.path, *words), output_words, job.output_path)
+
+
+def _names_output(args: Args) -> bool:
+    return isinstance(args, dict) and any(key.lstrip("-") == "output_file" for key in args)
+
+
+def _word(value: object) -> str:
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

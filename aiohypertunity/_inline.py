@@ -1,0 +1,77 @@
+"""`job()`: runs a job here and now, for a debugger or a doctest, and waits for it.
+
+A callable runs in this process and thread, so that a breakpoint in it works; a script as a scheduler would
+run it, in a session of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import _failures, _payload
+from ._jobs import FunctionRef, Job, ScriptRef, SlurmJob
+from ._results import Outcome, Result, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+def run_inline(job: Job[T]) -> Result[T]:
+    """Runs a job here and now.
+
+    Raises:
+        TypeError: It is a `SlurmJob`, which has to be submitted.
+    """
+    if isinstance(job, SlurmJob):
+        raise TypeError(f"{_failures.name(job)} is Slurm's to run: dispatch it with a Scheduler")
+    target = job.target
+    if isinstance(target, ScriptRef):
+        from .sync import Scheduler
+
+        with Scheduler(n_parallel=(job.meta or {}).get("resources", {}).get("cpu", 1)) as scheduler:
+            scheduler.dispatch([job])
+            return scheduler.collect(n_results=1)[0]
+    began = time.time()
+    with _surroundings(job):
+        outcome = _call(job, target)
+    outcome.started_at, outcome.finished_at = began, time.time()
+    outcome.host, outcome.pid = socket.gethostname(), os.getpid()
+    return Result.of(
+        job, outcome, attempts=1, queued_at=began, finished_at=outcome.finished_at
+    )
+
+
+def _call(job: Job[Any], target: Callable[..., Any] | FunctionRef) -> Outcome:
+    try:
+        if isinstance(target, FunctionRef):
+            blob = _payload.name_function(target.name, path=target.path, module=target.module)
+            target = _payload.load_function(blob)
+        return Outcome(Status.SUCCEEDED, _payload.call(target, job.args))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as error:
+        failed = _failures.raised(job, error, traceback.format_exc())
+        return Outcome(Status.FAILED, error=failed)
+
+
+@contextlib.contextmanager
+def _surroundings(job: Job[Any]) -> Iterator[None]:
+    """The job's environment and directory, for as long as it runs."""
+    cwd, environ = os.getcwd(), dict(os.environ)
+    os.environ.update(job.env or {})
+    try:
+        if job.cwd is not None:
+            os.chdir(job.cwd)
+        yield
+    finally:
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(environ)

@@ -1,0 +1,487 @@
+"""What to run: `Job` and `SlurmJob`, frozen, and wrong only where they are made.
+
+A task is one of three things, told apart here once and for all:
+
+* a callable;
+* `"path/script.py:function"` or `"package.module:function"` (`::` does as well): a `FunctionRef`;
+* the path of a script or program: a `ScriptRef`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import itertools
+import math
+import os
+import re
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from ._results import Result
+
+T = TypeVar("T")
+
+Args: TypeAlias = "tuple[Any, ...] | dict[str, Any]"
+
+_REMOTE = "remote:"
+_FUNCTION = re.compile(r"(?P<where>.+?)::?(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\Z")
+_MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionRef:
+    """A function by name: in a file, or in an importable module.
+
+    Attributes:
+        name: The function, dotted where it is an attribute of something.
+        path: The script that defines it, absolute; or None.
+        module: The module that defines it; or None.
+    """
+
+    name: str
+    path: str | None = None
+    module: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptRef:
+    """A script or program.
+
+    Attributes:
+        path: Where it lies, absolute (on the cluster if `remote`).
+        binary: What runs it: an interpreter and its options; empty if it runs by itself.
+        remote: Whether it lies on the cluster and is used there as it is.
+    """
+
+    path: str
+    binary: tuple[str, ...] = ()
+    remote: bool = False
+
+
+# Living jobs only: an id is free again as soon as nobody holds its job.
+_living: weakref.WeakValueDictionary[int | str, Job[Any]] = weakref.WeakValueDictionary()
+_outputs: weakref.WeakValueDictionary[str, Job[Any]] = weakref.WeakValueDictionary()
+_counter = itertools.count()
+
+
+def _next_id() -> int:
+    return next(number for number in _counter if number not in _living)
+
+
+@dataclass(frozen=True, eq=False)
+class Job(Generic[T]):
+    """A task and its arguments. Frozen, compared by identity, checked when it is made.
+
+    Args:
+        task: A callable; `"path/script.py:function"` or `"package.module:function"` (`::` too);
+            or the path of a script or program.
+        args: A tuple for positional arguments, a dict for named ones. A script gets a non-empty
+            tuple as `a b c OUTPUT`, a non-empty dict as `--key value ... --output_file OUTPUT` (a key
+            that starts with a dash is passed as it is), and nothing for no arguments.
+        id: A number or a string that no living job has; the next unused number if left out.
+        meta: `"binary"`: the interpreter of a script. `"output": "env"`: append no result path to a
+            script's arguments (it is always in `AIOHYPERTUNITY_OUTPUT_FILE`). `"resources"`: what the
+            job occupies, `{"cpu": 2, "gpu": 1}`.
+        timeout: Seconds that one attempt may run; None for the scheduler's own.
+        retries: How many more attempts a failure, a crash or a timeout gets.
+        env: Environment variables on top of the present ones.
+        cwd: The directory to run in; the present one if None.
+
+    Raises:
+        TypeError: An argument is of the wrong type, or doesn't fit the task's signature.
+        ValueError: An argument has an impossible value, or names something that isn't there.
+    """
+
+    task: Callable[..., T] | str | os.PathLike[str]
+    args: Args = ()
+    id: int | str = field(default_factory=_next_id)
+    meta: Mapping[str, Any] | None = None
+    timeout: float | None = field(default=None, kw_only=True)
+    retries: int = field(default=0, kw_only=True)
+    env: Mapping[str, str] | None = field(default=None, kw_only=True)
+    cwd: str | os.PathLike[str] | None = field(default=None, kw_only=True)
+
+    target: Callable[..., T] | FunctionRef | ScriptRef = field(init=False, repr=False)
+    """The task, told apart and with its paths made absolute."""
+
+    def __post_init__(self) -> None:
+        _check_args(self.args)
+        if self.meta is not None:
+            self._check_meta(self.meta)
+        check_seconds("timeout", self.timeout)
+        if type(self.retries) is not int or self.retries < 0:
+            raise ValueError(f"retries={self.retries!r}: must be a whole number, 0 or more")
+        if self.env is not None:
+            _check_env(self.env)
+        if self.cwd is not None:
+            object.__setattr__(self, "cwd", _existing_directory(self.cwd))
+        object.__setattr__(self, "target", self._target())
+        self._register()
+
+    def replace(self, **changes: Any) -> Job[T]:
+        """Another job like this one, with an id of its own.
+
+        Args:
+            **changes: Fields that differ, by name.
+        """
+        changes.setdefault("id", _next_id())
+        return dataclasses.replace(self, **changes)
+
+    def __call__(self) -> Result[T]:
+        """Runs the job here and now, and waits for it.
+
+        A callable runs in this very process and thread, as for a debugger: its `timeout` can't be
+        kept there. A script runs as it would under a scheduler.
+        """
+        from ._inline import run_inline
+
+        return run_inline(self)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        state = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return _restore, (type(self), _Portable(state))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Job[T]:
+        # A job is frozen and its id is its own: a copy would be a second job of the same id.
+        return self
+
+    __copy__ = replace
+
+    def _target(self) -> Callable[..., T] | FunctionRef | ScriptRef:
+        meta = self.meta or {}
+        if callable(self.task):
+            _check_signature(self.task, self.args)
+            target: Callable[..., T] | FunctionRef | ScriptRef = self.task
+        elif isinstance(self.task, str | os.PathLike):
+            target = _resolve(os.fspath(self.task), meta.get("binary"))
+        else:
+            raise TypeError(
+                f"task={self.task!r}: must be a callable, 'script.py:function', "
+                "'package.module:function' or the path of a script"
+            )
+        if not isinstance(target, ScriptRef):
+            for key in ("binary", "output"):
+                if key in meta and not self._keys_for_callables() >= {key}:
+                    raise ValueError(f"meta[{key!r}] is for scripts; {self.task!r} is a function")
+        return target
+
+    def _keys_for_callables(self) -> frozenset[str]:
+        return frozenset({"resources"})
+
+    def _check_meta(self, meta: Mapping[str, Any]) -> None:
+        _check_keys("meta", meta, ("binary", "output", "resources"))
+        if meta.get("output", "env") != "env":
+            raise ValueError(f"meta['output']={meta['output']!r}: can only be 'env'")
+        _check_local_resources(meta.get("resources", {}))
+
+    def _register(self) -> None:
+        if isinstance(self.id, bool) or not isinstance(self.id, int | str):
+            raise TypeError(f"id={self.id!r}: must be a whole number or a string")
+        if self.id in _living:
+            raise ValueError(
+                f"id={self.id!r} belongs to a living job: leave id out, or let go of that job first"
+            )
+        path = self._named_output()
+        if path is not None:
+            if path in _outputs:
+                raise ValueError(
+                    f"output file {path} belongs to the living job {_outputs[path].id!r}: "
+                    "two jobs can't share one"
+                )
+            _outputs[path] = self
+        _living[self.id] = self
+
+    def _named_output(self) -> str | None:
+        """The result path that the user named among the arguments of a script, absolute."""
+        if isinstance(self.target, ScriptRef) and isinstance(self.args, dict):
+            for key, value in self.args.items():
+                if key.lstrip("-") == "output_file":
+                    return os.path.abspath(os.path.join(self.cwd or "", os.fspath(value)))
+        return None
+
+    @property
+    def output_path(self) -> str | None:
+        """Where the user wants a script's result, absolute; None to leave it to us."""
+        return self._named_output()
+
+
+class _Portable:
+    """A job's fields on their way into a pickle: whatever plain pickle can't do, cloudpickle does."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def __reduce__(self) -> tuple[object, ...]:
+        import pickle
+
+        import cloudpickle
+
+        return pickle.loads, (cloudpickle.dumps(self.state),)
+
+
+def _restore(kind: type[Job[Any]], state: dict[str, Any]) -> Job[Any]:
+    job = kind.__new__(kind)
+    job.__dict__.update(state)
+    return job
+
+
+@dataclass(frozen=True, eq=False)
+class SlurmJob(Job[T]):
+    """A job for a Slurm cluster. As `Job`, and besides:
+
+    Args:
+        meta: `"binary"`; `"resources"`: `{"cpu": 4, "gpu": "a100:1", "memory": "8G",
+            "time": "1:00:00"}` (cpus a task, GPUs, memory a node, time limit); `"options"`: any other
+            `sbatch` option, by its long name without dashes.
+        output_file: Where a script writes its result, and where it stays; in the spool if None.
+        queue_timeout: Seconds that it may wait for its turn; None for as long as it takes.
+    """
+
+    output_file: str | os.PathLike[str] | None = field(default=None, kw_only=True)
+    queue_timeout: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_seconds("queue_timeout", self.queue_timeout)
+        super().__post_init__()
+
+    def _check_meta(self, meta: Mapping[str, Any]) -> None:
+        from ._slurm.text import check_options, check_resources
+
+        _check_keys("meta", meta, ("binary", "output", "resources", "options"))
+        check_resources(meta.get("resources", {}))
+        check_options(meta.get("options", {}))
+
+    def _keys_for_callables(self) -> frozenset[str]:
+        return frozenset({"resources", "binary"})
+
+    def _named_output(self) -> str | None:
+        if self.output_file is not None:
+            return os.path.abspath(os.path.join(self.cwd or "", os.fspath(self.output_file)))
+        return super()._named_output()
+
+
+def _check_args(args: object) -> None:
+    if type(args) is dict:
+        for key in args:
+            if not isinstance(key, str):
+                raise TypeError(f"args has the key {key!r}: names of arguments must be strings")
+    elif not isinstance(args, tuple):
+        raise TypeError(
+            f"args={args!r}: must be a tuple (positional) or a dict (named); "
+            f"for one argument write args=({args!r},)"
+        )
+
+
+def _check_keys(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}={given!r}: must be a dict")
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{what} has the unknown key {key!r}; it knows {', '.join(known)}")
+
+
+def _check_local_resources(resources: Mapping[str, Any]) -> None:
+    if not isinstance(resources, Mapping):
+        raise TypeError(f"meta['resources']={resources!r}: must be a dict")
+    for name, amount in resources.items():
+        least = 1 if name == "cpu" else 0
+        if not isinstance(amount, int) or isinstance(amount, bool) or amount < least:
+            raise ValueError(
+                f"meta['resources'][{name!r}]={amount!r}: must be a whole number from {least}"
+            )
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raises unless `value` is None or a number of seconds above 0."""
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be a number of seconds or None")
+    if math.isnan(value) or value <= 0:
+        raise ValueError(f"{name}={value!r}: must be more than 0 seconds")
+
+
+def _check_env(env: Mapping[str, str]) -> None:
+    if not isinstance(env, Mapping):
+        raise TypeError(f"env={env!r}: must be a dict of strings")
+    for name, value in env.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"env[{name!r}]={value!r}: names and values must be strings")
+        if not name or "=" in name or "\0" in name + value:
+            raise ValueError(f"env[{name!r}]={value!r}: no environment can hold that")
+
+
+def _existing_directory(path: str | os.PathLike[str]) -> str:
+    absolute = os.path.abspath(path)
+    if not os.path.isdir(absolute):
+        raise ValueError(f"cwd={os.fspath(path)!r}: there is no such directory")
+    return absolute
+
+
+def _check_signature(function: Callable[..., Any], args: Args) -> None:
+    signature = _signature(function)
+    if signature is None:
+        return
+    try:
+        if isinstance(args, dict):
+            signature.bind(**args)
+        elif not signature.takes(len(args)):
+            signature.bind(*args)
+    except TypeError as error:
+        raise TypeError(f"args={args!r} don't fit {function!r}{signature}: {error}") from None
+
+
+class _Signature(inspect.Signature):
+    """A signature that knows how many positional arguments are surely right."""
+
+    __slots__ = ("_least", "_most")
+
+    def takes(self, n_args: int) -> bool:
+        """Whether `n_args` positional arguments, and no other, are surely right."""
+        return self._least <= n_args <= self._most
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> _Signature:
+        self = cls.from_callable(function)
+        kinds = [(p.kind, p.default is p.empty) for p in self.parameters.values()]
+        positional = [needed for kind, needed in kinds if kind in _POSITIONAL]
+        self._least = sum(positional)
+        self._most = math.inf if (inspect.Parameter.VAR_POSITIONAL, True) in kinds else len(positional)
+        if (inspect.Parameter.KEYWORD_ONLY, True) in kinds:
+            self._most = -1
+        return self
+
+
+_POSITIONAL = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+_signatures: weakref.WeakKeyDictionary[Callable[..., Any], _Signature | None] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _signature(function: Callable[..., Any]) -> _Signature | None:
+    """The signature of a callable, where it has one that can be seen."""
+    with contextlib.suppress(TypeError, KeyError):
+        return _signatures[function]
+    try:
+        signature = _Signature.of(function)
+    except (TypeError, ValueError):  # many builtins tell nothing
+        signature = None
+    with contextlib.suppress(TypeError):
+        _signatures[function] = signature
+    return signature
+
+
+def _resolve(task: str, binary: object) -> FunctionRef | ScriptRef:
+    if not task:
+        raise ValueError("task='': names no script")
+    if task.startswith(_REMOTE):
+        return _resolve_remote(task, binary)
+    match = _FUNCTION.match(task)
+    if match and not os.path.exists(task):
+        return _resolve_function(task, match["where"], match["name"])
+    return _resolve_script(task, binary)
+
+
+def _resolve_remote(task: str, binary: object) -> FunctionRef | ScriptRef:
+    path = task.removeprefix(_REMOTE)
+    if not path.startswith("/"):
+        raise ValueError(f"task={task!r}: a path on the cluster must be absolute")
+    return ScriptRef(path, _binary(binary) or (("python3",) if path.endswith(".py") else ()), True)
+
+
+def _resolve_function(task: str, where: str, name: str) -> FunctionRef:
+    if not where.endswith(".py") and _MODULE.match(where):
+        return _resolve_in_module(task, where, name)
+    path = os.path.abspath(where)
+    if not os.path.isfile(path):
+        raise ValueError(f"task={task!r}: there is no script {path}")
+    if not path.endswith(".py"):
+        raise ValueError(f"task={task!r}: a function can only be taken out of a .py file")
+    stat = os.stat(path)
+    names = _names_in(path, stat.st_mtime_ns, stat.st_size)
+    if names is not None and name.partition(".")[0] not in names:
+        raise ValueError(
+            f"task={task!r}: {path} defines no {name!r}; it has {', '.join(sorted(names)) or 'no names'}"
+        )
+    return FunctionRef(name, path=path)
+
+
+def _resolve_in_module(task: str, module: str, name: str) -> FunctionRef:
+    top = module.partition(".")[0]
+    try:
+        found = top in sys.modules or importlib.util.find_spec(top) is not None
+    except ValueError:
+        found = False
+    if not found:
+        raise ValueError(
+            f"task={task!r}: there is no module {top!r} on sys.path; for a script write its path "
+            "with the ending .py"
+        )
+    return FunctionRef(name, module=module)
+
+
+@functools.lru_cache(maxsize=64)
+def _names_in(path: str, mtime_ns: int, size: int) -> frozenset[str] | None:  # noqa: ARG001 - cache key
+    """The names a script defines at its top; None where that can't be told without running it.
+
+    Raises:
+        ValueError: The script isn't valid Python.
+    """
+    try:
+        tree = ast.parse(Path(path).read_bytes(), path)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} isn't valid Python: {error}") from error
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                names.add(name)
+            case ast.alias(name="*") | ast.Name(id="globals" | "exec" | "setattr" | "vars"):
+                return None
+            case ast.alias(name=name, asname=asname):
+                names.add(asname or name.partition(".")[0])
+    return None if "__getattr__" in names else frozenset(names)
+
+
+def _resolve_script(task: str, binary: object) -> ScriptRef:
+    path = os.path.abspath(task)
+    if not os.path.exists(path) and os.sep not in task:
+        path = shutil.which(task) or path
+    if not os.path.isfile(path):
+        raise ValueError(f"task={task!r}: there is no script {path}")
+    given = _binary(binary)
+    if given:
+        return ScriptRef(path, given)
+    if path.endswith(".py"):
+        return ScriptRef(path, (sys.executable,))
+    if path.endswith(".sh"):
+        return ScriptRef(path, ("bash",))
+    if os.access(path, os.X_OK):
+        return ScriptRef(path)
+    raise ValueError(
+        f"task={task!r}: {path} isn't executable, and its ending names no interpreter: "
+        "chmod +x it, or name one in meta={'binary': ...}"
+    )
+
+
+def _binary(binary: object) -> tuple[str, ...]:
+    """The interpreter a user named, as the first words of a command line."""
+    if binary is None:
+        return ()
+    words = (binary,) if isinstance(binary, str | os.PathLike) else binary
+    if not isinstance(words, list | tuple) or not words:
+        raise TypeError(f"meta['binary']={binary!r}: must be a program, or a list of it and its options")
+    return tuple(os.fspath(word) for word in words)

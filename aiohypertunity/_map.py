@@ -1,0 +1,190 @@
+"""`Scheduler.map`: a function over any number of inputs, in constant memory.
+
+Inputs travel in chunks. A chunk grows while its calls prove tiny, so that a call costs little more than a
+function call; it stays one input long as soon as one takes its time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+
+from . import _failures
+from ._jobs import Job
+from ._ledger import Entry, Pool
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+R = TypeVar("R")
+
+_CHUNK_SECONDS = 0.005
+_LONGEST_CHUNK = 4096
+_GROWTH = 4
+
+
+class Map(Generic[R]):
+    """Values as they come, or in the order of the inputs.
+
+    Args:
+        function: What to call: a callable, or `"script.py:function"`.
+        inputs: One argument a call; sync or async.
+        dispatch: Dispatches a chunk: its job, its inputs, its pool.
+        cancel: Cancels an entry.
+        n_ahead: How many chunks may be on their way or waiting to be taken.
+        ordered: Whether to keep to the order of the inputs.
+        chunk: How many inputs a chunk has; "auto" to find out.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., R] | str,
+        inputs: Iterable[Any] | AsyncIterable[Any],
+        dispatch: Callable[[Job[Any], list[Any], Pool], Entry],
+        cancel: Callable[[Entry], None],
+        *,
+        n_ahead: int,
+        ordered: bool,
+        chunk: int | Literal["auto"],
+    ) -> None:
+        if chunk != "auto" and (not isinstance(chunk, int) or chunk < 1):
+            raise ValueError(f"chunk={chunk!r}: must be 'auto' or a whole number from 1")
+        self._function = function
+        self._inputs = _Inputs(inputs)
+        self._dispatch = dispatch
+        self._cancel = cancel
+        self._n_ahead = n_ahead
+        self._ordered = ordered
+        self._fixed = chunk != "auto"
+        self._size = 1 if chunk == "auto" else chunk
+        self._pool = Pool()
+        self._values: deque[R] = deque()
+        self._error: Exception | None = None
+        self._feeder: asyncio.Task[None] | None = None
+        self._room = asyncio.Event()
+        self._over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> R:
+        """The next value.
+
+        Raises:
+            JobError: What became of the first input that has no value; all that came before it was
+                delivered.
+        """
+        if not self._values:
+            await self._refill()
+        return self._values.popleft()
+
+    async def take(self) -> list[R]:
+        """The values that are ready, at least one; none once it's over."""
+        try:
+            first = await anext(self)
+        except StopAsyncIteration:
+            return []
+        values = [first, *self._values]
+        self._values.clear()
+        return values
+
+    async def aclose(self) -> None:
+        """Stops: takes no more inputs, and cancels what is on its way."""
+        self._over = True
+        if self._feeder is not None:
+            self._feeder.cancel()
+            await asyncio.wait([self._feeder])
+        for entry in self._pool.unfinished():
+            self._cancel(entry)
+
+    async def _refill(self) -> None:
+        if self._over:
+            raise StopAsyncIteration
+        if self._feeder is None:
+            self._feeder = asyncio.get_running_loop().create_task(self._feed())
+        while not self._values:
+            if self._error is not None:
+                await self.aclose()
+                raise self._error
+            entry = self._pool.take(ordered=self._ordered)
+            if entry is not None:
+                self._room.set()
+                self._deliver(entry)
+            elif self._feeder.done() and not len(self._pool):
+                self._over = True
+                self._feeder.result()
+                raise StopAsyncIteration
+            else:
+                await self._changed(self._feeder)
+
+    async def _changed(self, feeder: asyncio.Task[None]) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def wake(_: object = None) -> None:
+            if not future.done():
+                future.set_result(None)
+
+        self._pool.waiters.append(wake)
+        feeder.add_done_callback(wake)
+        try:
+            await future
+        finally:
+            feeder.remove_done_callback(wake)
+            if wake in self._pool.waiters:
+                self._pool.waiters.remove(wake)
+
+    def _deliver(self, entry: Entry) -> None:
+        result = entry.result
+        assert result is not None
+        if result.error is not None:
+            self._error = result.error
+            return
+        values, failure = cast("tuple[list[R], tuple[bytes, bytes] | None]", result.data)
+        self._values.extend(values)
+        if failure is not None:
+            self._error = _failures.from_reply(entry.job, *failure).error
+        elif not self._fixed and result.started_at is not None:
+            self._adapt(len(values), result.finished_at - result.started_at)
+
+    def _adapt(self, n: int, seconds: float) -> None:
+        """Aims at chunks that take `_CHUNK_SECONDS`, approaching it from below."""
+        wanted = int(_CHUNK_SECONDS * n / max(seconds, 1e-6))
+        self._size = max(1, min(wanted, _GROWTH * n, _LONGEST_CHUNK))
+
+    async def _feed(self) -> None:
+        while True:
+            while len(self._pool) >= self._n_ahead:
+                self._room.clear()
+                await self._room.wait()
+            inputs = await self._inputs.take(self._size)
+            if not inputs:
+                return
+            job: Job[Any] = Job(task=self._function, args=(inputs[0],))
+            self._dispatch(job, inputs, self._pool)
+            await asyncio.sleep(0)
+
+
+class _Inputs:
+    """Inputs in chunks, from a sync or an async iterable."""
+
+    def __init__(self, inputs: Iterable[Any] | AsyncIterable[Any]) -> None:
+        self._sync: Iterator[Any] | None = None
+        self._async: AsyncIterator[Any] | None = None
+        if isinstance(inputs, AsyncIterable):
+            self._async = aiter(inputs)
+        else:
+            self._sync = iter(inputs)
+
+    async def take(self, n: int) -> list[Any]:
+        """The next inputs, `n` at most; none at the end. Of an async iterable always one: the next
+        may be long in coming."""
+        if self._sync is not None:
+            return list(itertools.islice(self._sync, n))
+        assert self._async is not None
+        try:
+            return [await anext(self._async)]
+        except StopAsyncIteration:
+            return []

@@ -1,0 +1,303 @@
+"""Both ends of a call: pack it, run it catching all it raises, pack what came of it.
+
+The standard library and cloudpickle only, and no other module of this package: a compute node that
+has never heard of it gets this file as source.
+
+A *function blob* is a kind byte and a body: a cloudpickle of a callable, or the JSON name of a
+function in a script or module. A *payload* is a pickle of the arguments. A *reply* is one of three
+kinds (`VALUE`, `RAISED`, `UNREADABLE`) and a pickle. Large buffers (numpy arrays and whatever else
+speaks pickle protocol 5) travel beside a pickle, in files that the reader maps copy-on-write.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import json
+import mmap
+import os
+import pickle
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+VALUE, RAISED, UNREADABLE = b"v", b"x", b"p"
+"""Replies: the pickled return value; (exception, traceback); (part, reason, traceback)."""
+
+LARGE = 1 << 20
+"""Buffers of at least this many bytes travel beside the pickle."""
+
+PACKET = 60_000
+"""What is longer than this many bytes goes between processes through a file."""
+
+_PICKLED, _NAMED = b"c", b"n"
+
+Write = Callable[[memoryview], str]
+"""Stores a large buffer, and says in which file."""
+
+
+class Unpicklable(Exception):
+    """Something can't be packed or unpacked.
+
+    Attributes:
+        part: Which part, in words.
+        reason: What pickle said of it.
+    """
+
+    def __init__(self, part: str, reason: str) -> None:
+        super().__init__(part, reason)
+        self.part = part
+        self.reason = reason
+
+
+def pack_function(function: Callable[..., Any], write: Write | None) -> tuple[bytes, list[str]]:
+    """A callable as a function blob, and the files of its large buffers.
+
+    Raises:
+        Unpicklable: It can't be pickled.
+        OSError: A buffer can't be written.
+    """
+    blob, files = dumps(function, "the function", write)
+    return _PICKLED + blob, files
+
+
+def name_function(name: str, *, path: str | None, module: str | None) -> bytes:
+    """The function blob of a function in a script or module."""
+    return _NAMED + json.dumps([name, path, module]).encode()
+
+
+def load_function(blob: bytes, files: Sequence[str] = ()) -> Callable[..., Any]:
+    """The callable of a function blob."""
+    if blob[:1] == _NAMED:
+        return _find_function(*json.loads(blob[1:]))
+    return loads(memoryview(blob)[1:], files)  # type: ignore[no-any-return]  # a pickle of one
+
+
+def _find_function(name: str, path: str | None, module: str | None) -> Callable[..., Any]:
+    found: Any = _script_module(path) if path else importlib.import_module(str(module))
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found  # type: ignore[no-any-return]  # named by the user
+
+
+def _script_module(path: str) -> types.ModuleType:
+    """The script as a module of its own name, its siblings importable, as if it were run."""
+    name = os.path.splitext(os.path.basename(path))[0]
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) == path:
+        return loaded
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} can't be imported")
+    directory = os.path.dirname(path)
+    if sys.path[:1] != [directory]:
+        sys.path.insert(0, directory)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    # Its classes travel by value: the driver, which never imported it, must be able to read them.
+    import cloudpickle
+
+    cloudpickle.register_pickle_by_value(module)
+    return module
+
+
+def dumps(
+    value: object, what: str, write: Write | None
+) -> tuple[bytes, list[str]]:
+    """A pickle, and the files of its large buffers.
+
+    Plain pickle is tried first, being several times faster; what it can't do, or would do by a name
+    in a `__main__` that the reader doesn't have, cloudpickle does by value.
+
+    Args:
+        value: What to pickle.
+        what: What it is, in words, for the error.
+        write: Stores a large buffer; None to keep all of them in the pickle.
+
+    Raises:
+        Unpicklable: It can't be pickled; says which part of it can't.
+        OSError: A buffer can't be written.
+    """
+    buffers: list[memoryview] = []
+
+    def keep_small(buffer: pickle.PickleBuffer) -> bool:
+        raw = _raw(buffer)
+        if write is None or raw is None or raw.nbytes < LARGE:
+            return True
+        buffers.append(raw)
+        return False
+
+    blob = None
+    if not _registered_by_value():
+        try:
+            blob = pickle.dumps(value, 5, buffer_callback=keep_small)
+        except Exception:
+            buffers.clear()
+        else:
+            if b"__main__" in blob:
+                blob = None
+                buffers.clear()
+    if blob is None:
+        blob = _cloudpickle_dumps(value, what, keep_small)
+    return blob, [write(buffer) for buffer in buffers] if write else []
+
+
+def _raw(buffer: pickle.PickleBuffer) -> memoryview | None:
+    try:
+        return buffer.raw()
+    except BufferError:  # not contiguous
+        return None
+
+
+def _registered_by_value() -> bool:
+    cloudpickle = sys.modules.get("cloudpickle")
+    return bool(cloudpickle and cloudpickle.list_registry_pickle_by_value())
+
+
+def _cloudpickle_dumps(
+    value: object, what: str, keep_small: Callable[[pickle.PickleBuffer], bool]
+) -> bytes:
+    import cloudpickle
+
+    try:
+        blob: bytes = cloudpickle.dumps(value, 5, buffer_callback=keep_small)
+    except Exception as error:
+        raise Unpicklable(_guilty_part(value, what), f"{type(error).__name__}: {error}") from error
+    return blob
+
+
+def _guilty_part(value: object, what: str, depth: int = 5) -> str:
+    """The smallest part of `value`, in words, that can't be pickled by itself."""
+    import cloudpickle
+
+    if depth:
+        for name, part in _parts(value):
+            try:
+                cloudpickle.dumps(part, 5)
+            except Exception:
+                return _guilty_part(part, f"{what}{name}", depth - 1)
+    return f"{what} ({type(value).__name__})"
+
+
+def _parts(value: object) -> Iterator[tuple[str, object]]:
+    match value:
+        case dict():
+            yield from ((f"[{key!r}]", item) for key, item in value.items())
+        case tuple() | list() | set() | frozenset():
+            yield from ((f"[{index}]", item) for index, item in enumerate(value))
+        case types.FunctionType(__closure__=cells, __code__=code):
+            names = zip(code.co_freevars, cells or (), strict=False)
+            yield from ((f", its variable {name!r}", cell.cell_contents) for name, cell in names)
+            used = ((name, value.__globals__.get(name)) for name in code.co_names)
+            yield from ((f", its global {name!r}", item) for name, item in used)
+        case types.MethodType():
+            yield ", its object", value.__self__
+        case _:
+            state = getattr(value, "__dict__", None)
+            if isinstance(state, dict) and not isinstance(value, type | types.ModuleType):
+                yield from ((f".{name}", item) for name, item in state.items())
+
+
+def loads(blob: bytes | memoryview, files: Sequence[str] = ()) -> Any:
+    """What a pickle and the files beside it stand for."""
+    return pickle.loads(blob, buffers=[map_file(path) for path in files] if files else ())  # noqa: S301 - ours, out of our own 0700 directory
+
+
+def map_file(path: str) -> mmap.mmap:
+    """A file as memory: shared until written to, then a copy of one's own."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def write_file(path: str, buffer: bytes | memoryview) -> None:
+    """Writes a new file of mode 0600 whole, or leaves none.
+
+    Raises:
+        OSError: It can't be written: the disk is full, say.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(descriptor, "wb", buffering=0) as file:
+            rest = memoryview(buffer).cast("B")
+            while rest:
+                rest = rest[file.write(rest) :]
+    except OSError:
+        os.unlink(path)
+        raise
+
+
+def run(
+    get_function: Callable[[], Callable[..., Any]],
+    get_args: Callable[[], Any],
+    write: Write | None,
+) -> tuple[bytes, bytes, list[str]]:
+    """Runs a call, and catches all that it raises, `SystemExit` and `KeyboardInterrupt` included.
+
+    Args:
+        get_function: Gives the function.
+        get_args: Gives its arguments: a tuple, or a dict of named ones.
+        write: Stores a large buffer of what it returns; None to keep all of them in the pickle.
+
+    Returns:
+        The kind of the reply, its pickle, and the files of its large buffers.
+    """
+    part = "the function"
+    try:
+        function = get_function()
+        part = "the arguments"
+        args = get_args()
+    except BaseException as error:
+        return unreadable(part, error)
+    try:
+        value = call(function, args)
+    except BaseException as error:
+        return raised(error)
+    part = "the return value"
+    try:
+        return VALUE, *dumps(value, part, write)
+    except Unpicklable as error:
+        return UNREADABLE, pickle.dumps((error.part, error.reason, "")), []
+    except BaseException as error:
+        return unreadable(part, error)
+
+
+def call(function: Callable[..., Any], args: Any) -> Any:
+    """Calls a function with a tuple of arguments, or a dict of named ones; an async one is run."""
+    value = function(**args) if type(args) is dict else function(*args)
+    if type(value) is types.CoroutineType:
+        import asyncio
+
+        return asyncio.run(value)
+    return value
+
+
+def raised(error: BaseException) -> tuple[bytes, bytes, list[str]]:
+    """The reply of a call that raised."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__name__") == __name__:
+        frames = frames.tb_next  # less our own
+    text = "".join(traceback.format_exception(type(error), error, frames))
+    try:
+        blob = dumps((error, text), "the exception", None)[0]
+    except Exception as reason:
+        name = f"the exception ({type(error).__qualname__})"
+        return UNREADABLE, pickle.dumps((name, str(reason), text)), []
+    return RAISED, blob, []
+
+
+def unreadable(part: str, error: BaseException) -> tuple[bytes, bytes, list[str]]:
+    """The reply of a call of which a part could not be packed or unpacked."""
+    reason = "".join(traceback.format_exception_only(type(error), error)).strip()
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        reason += " (free some space, or set TMPDIR to a directory that has it)"
+    text = "".join(traceback.format_exception(error))
+    return UNREADABLE, pickle.dumps((part, reason, text)), []
+

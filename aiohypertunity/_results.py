@@ -1,0 +1,216 @@
+"""What came back: `Result`, its `Status`, and `Outcome`, what an executor saw of one attempt.
+
+Times are seconds since the epoch, as `time.time()` gives them.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections.abc import Mapping
+from dataclasses import Field, dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from ._errors import JobError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ._jobs import Job
+
+T = TypeVar("T")
+
+
+class Status(enum.Enum):
+    """Where a job stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CRASHED = "crashed"
+    TIMED_OUT = "timed out"
+    CANCELLED = "cancelled"
+
+    is_final: bool
+    """Whether the job is over, one way or another."""
+
+
+for _status in Status:
+    _status.is_final = _status not in {Status.PENDING, Status.RUNNING, Status.CANCELLING}
+
+
+class Outcome:
+    """What an executor reports of one attempt at a job. Absent facts are None.
+
+    Attributes:
+        status: How it ended.
+        data: What the task returned, where it succeeded.
+        error: Why it has no data, where it didn't.
+    """
+
+    __slots__ = (
+        "data", "error", "exit_code", "finished_at", "host", "log_path", "max_rss", "pid",
+        "signal", "slurm_id", "started_at", "status", "stderr", "stdout",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        status: Status,
+        data: object = None,
+        error: JobError | None = None,
+        *,
+        started_at: float | None = None,
+        finished_at: float | None = None,
+        exit_code: int | None = None,
+        signal: int | None = None,
+        host: str | None = None,
+        pid: int | None = None,
+        slurm_id: str | None = None,
+        stdout: str = "",
+        stderr: str = "",
+        log_path: Path | None = None,
+        max_rss: int | None = None,
+    ) -> None:
+        self.status = status
+        self.data = data
+        self.error = error
+        self.started_at = started_at
+        self.finished_at = finished_at
+        self.exit_code = exit_code
+        self.signal = signal
+        self.host = host
+        self.pid = pid
+        self.slurm_id = slurm_id
+        self.stdout = stdout
+        self.stderr = stderr
+        self.log_path = log_path
+        self.max_rss = max_rss
+
+
+class _Fields:
+    """A result's dataclass fields: all of them, but `data` only where there is data.
+
+    So that `dataclasses.asdict`, which reads every field, works on a failed result, whose `data`
+    raises.
+    """
+
+    def __init__(self, fields: Mapping[str, Field[Any]]) -> None:
+        self._all = fields
+        self._failed = {name: field for name, field in fields.items() if name != "data"}
+
+    def __get__(
+        self, result: Result[Any] | None, owner: type[Result[Any]]
+    ) -> Mapping[str, Field[Any]]:
+        return self._all if result is None or result.error is None else self._failed
+
+
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Result(Generic[T]):
+    """What became of a job: a frozen value, whatever kind of job it was.
+
+    Attributes:
+        id: The job's id.
+        job: The job itself.
+        data: What the task returned. Reading it off a failed job raises its error.
+        error: Why the job has no data; None if it succeeded.
+        status: A final `Status`.
+        attempts: How many times it was started; more than 1 after retries or a requeue by Slurm,
+            0 if it was never started.
+        queued_at: When it was dispatched, in seconds since the epoch.
+        started_at: When its last attempt began to run; None if it never did.
+        finished_at: When its last attempt ended.
+        exit_code: Of its process, for scripts, Slurm jobs and workers that exited under it.
+        signal: The signal that killed its process.
+        host: The name of the machine it ran on.
+        pid: Its process there.
+        slurm_id: Slurm's id of it, as `squeue` prints it.
+        stdout: The last 64 KiB of its standard output (of its log, for Slurm).
+        stderr: The last 64 KiB of its standard error.
+        log_path: Where its whole output is kept, if it is.
+        max_rss: The most memory it held, in bytes, where Slurm's accounting knows.
+    """
+
+    id: int | str
+    job: Job[T]
+    data: T
+    error: JobError | None
+    status: Status
+    attempts: int
+    queued_at: float
+    started_at: float | None
+    finished_at: float
+    exit_code: int | None
+    signal: int | None
+    host: str | None
+    pid: int | None
+    slurm_id: str | None
+    stdout: str
+    stderr: str
+    log_path: Path | None
+    max_rss: int | None
+
+    def __init__(self, *, data: T | None = None, **fields: Any) -> None:
+        wrong = fields.keys() ^ (type(self).__dataclass_fields__.keys() - {"data"})
+        if wrong:
+            raise TypeError(f"these fields are missing or unknown: {', '.join(sorted(wrong))}")
+        self.__dict__.update(fields, _data=data)
+
+    @classmethod
+    def of(
+        cls, job: Job[T], outcome: Outcome, *, attempts: int, queued_at: float, finished_at: float
+    ) -> Result[T]:
+        """The result of a job whose last attempt ended in `outcome`."""
+        result = cls.__new__(cls)
+        # One update instead of eighteen object.__setattr__: this is on the path of every job.
+        result.__dict__.update(
+            id=job.id,
+            job=job,
+            _data=outcome.data,
+            error=outcome.error,
+            status=outcome.status,
+            attempts=attempts,
+            queued_at=queued_at,
+            started_at=outcome.started_at,
+            finished_at=finished_at,
+            exit_code=outcome.exit_code,
+            signal=outcome.signal,
+            host=outcome.host,
+            pid=outcome.pid,
+            slurm_id=outcome.slurm_id,
+            stdout=outcome.stdout,
+            stderr=outcome.stderr,
+            log_path=outcome.log_path,
+            max_rss=outcome.max_rss,
+        )
+        return result
+
+    @property
+    def ok(self) -> bool:
+        """Whether the job succeeded."""
+        return self.error is None
+
+    def __repr__(self) -> str:
+        what = f"data={self._short_data()}" if self.error is None else f"error={self.error!r}"
+        return f"Result(id={self.id!r}, status={self.status.name}, {what})"
+
+    def _short_data(self) -> str:
+        text = repr(self.data)
+        return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _data(result: Result[Any]) -> object:
+    """What the task returned.
+
+    Raises:
+        JobError: What happened instead. A new copy each time, so that a traceback never grows.
+    """
+    if result.error is not None:
+        raise copy.copy(result.error) from result.error.__cause__
+    return result.__dict__["_data"]
+
+
+# Set after the class is made: inside it, the dataclass would take them for a default and a field.
+Result.data = cast("Any", property(_data))
+Result.__dataclass_fields__ = cast("Any", _Fields(Result.__dataclass_fields__))

@@ -1,0 +1,267 @@
+"""Scripts and programs, as asyncio subprocesses, each in a session of its own.
+
+Output goes to files, not pipes: a grandchild that keeps a pipe open can't keep us waiting, and nothing that
+a script writes passes through the loop. The files are cut when they grow beyond a bound. Cancel is TERM to the
+process group, a grace, then KILL; whatever of the tree outlives its script is killed with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import pickle
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import _failures
+from ._callables import resource_env
+from ._capture import Capture, log_files
+from ._errors import JobError, JobFailed, ResultLost
+from ._guardian import MARK, kill_tree
+from ._payload import LARGE
+from ._results import Outcome, Status
+from ._threads import in_thread
+
+if TYPE_CHECKING:
+    from ._calls import ScriptCall
+    from ._jobs import Job
+    from ._ledger import Entry, Owner
+    from ._rundir import RunDirectory
+
+OUTPUT_VARIABLE = "AIOHYPERTUNITY_OUTPUT_FILE"
+"""The environment variable with the path for a script's result."""
+
+
+class Scripts:
+    """Runs scripts.
+
+    Args:
+        owner: To whom to report.
+        rundir: Where files go.
+        kill_grace: Seconds between TERM and KILL.
+    """
+
+    def __init__(self, owner: Owner, rundir: RunDirectory, kill_grace: float) -> None:
+        self._owner = owner
+        self._rundir = rundir
+        self._kill_grace = kill_grace
+        self._loop = asyncio.get_running_loop()
+        self._host = socket.gethostname()
+        self._running: dict[Entry, asyncio.Task[None]] = {}
+
+    def start(self, entry: Entry) -> None:
+        """Starts its process."""
+        entry.place = run = _Run(entry, self._rundir)
+        task = self._loop.create_task(self._run(entry, run))
+        self._running[entry] = task
+
+    def stop(self, entry: Entry) -> None:
+        """TERM, a grace, KILL."""
+        run: _Run | None = entry.place
+        if run is not None:
+            run.stop(self._loop, self._kill_grace)
+
+    def check_stop(self, entry: Entry) -> None:
+        """A script can always be ended."""
+
+    async def aclose(self) -> None:
+        """Kills what still runs."""
+        tasks = list(self._running.values())
+        for entry in tuple(self._running):
+            run: _Run = entry.place
+            run.stop(self._loop, 0)
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _run(self, entry: Entry, run: _Run) -> None:
+        try:
+            outcome = await run.run(self._owner)
+        except OSError as error:
+            outcome = Outcome(Status.FAILED, error=_not_started(entry.job, error))
+        finally:
+            del self._running[entry]
+        outcome.host = self._host
+        entry.place = None
+        self._owner.finished(entry, outcome)
+
+
+class _Run:
+    """One attempt at a script."""
+
+    def __init__(self, entry: Entry, rundir: RunDirectory) -> None:
+        self._entry = entry
+        self._rundir = rundir
+        self._call: ScriptCall = entry.call
+        self._output = self._call.output or rundir.new_path("output")
+        kept = entry.log_path
+        paths = log_files(kept) if kept else map(rundir.new_path, ("stdout", "stderr"))
+        self._capture = Capture([str(path) for path in paths])
+        self._mark = rundir.new_mark()
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopped = False
+        self._killer: asyncio.TimerHandle | None = None
+
+    def stop(self, loop: asyncio.AbstractEventLoop, grace: float) -> None:
+        """Asks its process group to end, and kills it after `grace` seconds."""
+        if self._killer is not None:
+            self._killer.cancel()
+        self._stopped = True
+        self._signal(signal.SIGTERM if grace else signal.SIGKILL)
+        self._killer = loop.call_later(grace, self._signal, signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # A process that was not waited for keeps its number, so this can't hit another's group.
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    async def run(self, owner: Owner) -> Outcome:
+        """Runs it to its end.
+
+        Raises:
+            OSError: It can't be started.
+        """
+        if self._call.output is not None:
+            _move_away(self._output)
+        started_at = time.time()
+        process = self._process = await self._start()
+        self._rundir.guard(process.pid)
+        owner.started(self._entry, started_at)
+        if self._stopped:  # while it was being started
+            self._signal(signal.SIGKILL)
+        if self._entry.log_path is None:
+            self._capture.watch(asyncio.get_running_loop())
+        try:
+            status = await process.wait()
+        finally:
+            self._capture.unwatch()
+            if self._killer is not None:
+                self._killer.cancel()
+        finished_at = time.time()
+        await self._end_tree(process.pid)
+        outcome = await self._outcome(status)
+        outcome.started_at, outcome.finished_at, outcome.pid = started_at, finished_at, process.pid
+        return outcome
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        with contextlib.ExitStack() as stack:
+            stdout, stderr = (
+                stack.enter_context(open(path, "ab")) for path in self._capture.paths
+            )
+            return await asyncio.create_subprocess_exec(
+                *self._words(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=self._env(),
+                cwd=self._entry.job.cwd,
+                start_new_session=True,
+            )
+
+    def _words(self) -> tuple[str, ...]:
+        call = self._call
+        return call.words if call.output_words is None else (*call.words, *call.output_words, self._output)
+
+    def _env(self) -> dict[str, str]:
+        grant = self._entry.grant
+        given = resource_env(grant) if grant else {}
+        return {
+            **os.environ,
+            **given,
+            **(self._entry.job.env or {}),
+            OUTPUT_VARIABLE: self._output,
+            MARK: self._mark,
+        }
+
+    async def _end_tree(self, group: int) -> None:
+        """Ends what the script left behind: its group always, and all of its tree if it was stopped."""
+        with contextlib.suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
+        if self._stopped:
+            await in_thread(kill_tree, group, self._mark)
+        self._rundir.unguard(group)
+
+    async def _outcome(self, status: int) -> Outcome:
+        job = self._entry.job
+        stdout, stderr = self._capture.tails()
+        if self._entry.log_path is None:
+            self._capture.remove()
+        if status == 0:
+            outcome = await self._result(job)
+        elif status > 0 and not self._stopped:
+            error: JobError = _failures.exited(job, status, stdout, stderr)
+            outcome = Outcome(Status.FAILED, error=error)
+        else:
+            how = {"signal": -status} if status < 0 else {"exit_code": status}
+            error = _failures.crashed(job, stdout, stderr, **how)
+            outcome = Outcome(Status.CRASHED, error=error)
+        outcome.exit_code, outcome.signal = (status, None) if status >= 0 else (None, -status)
+        outcome.stdout, outcome.stderr = stdout, stderr
+        return outcome
+
+    async def _result(self, job: Job[Any]) -> Outcome:
+        try:
+            size = os.stat(self._output).st_size
+        except FileNotFoundError:
+            return Outcome(Status.SUCCEEDED)
+        if size > LARGE:
+            return await in_thread(read_result, job, self._output, self._call.output is None)
+        return read_result(job, self._output, self._call.output is None)
+
+
+def read_result(job: Job[Any], path: str, remove: bool) -> Outcome:
+    """What a script that ended well left as its result: a pickle, or JSON.
+
+    Args:
+        job: Whose result it is.
+        path: The file. If its name ends in `.json` it can only be JSON.
+        remove: Whether the file is ours to remove.
+    """
+    try:
+        data = parse_result(Path(path).read_bytes(), path)
+    except Exception as error:
+        kind = "JSON" if path.endswith(".json") else "a pickle or JSON"
+        lost = ResultLost(
+            f"{_failures.name(job)} exited with code 0, but its result file {path} can't be read as "
+            f"{kind}: {type(error).__name__}: {error}",
+            job=job,
+        )
+        return Outcome(Status.FAILED, error=lost)
+    finally:
+        if remove:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    return Outcome(Status.SUCCEEDED, data)
+
+
+def parse_result(content: bytes, path: str) -> object:
+    """The value of a result file with this content, as `read_result` reads it."""
+    if path.endswith(".json"):
+        return json.loads(content)
+    if not content.startswith(b"\x80"):  # as every pickle of protocol 2 and later does
+        with contextlib.suppress(ValueError):
+            return json.loads(content)
+    return pickle.loads(content)  # noqa: S301 - out of our own directory, or named by the user
+
+
+def _move_away(path: str) -> None:
+    """Moves what lies at a result's path from before, so that it can't pass for a result."""
+    for number in itertools.count(1):
+        if not os.path.lexists(path):
+            return
+        elsewhere = f"{path}.before-{number}"
+        if not os.path.lexists(elsewhere):
+            os.rename(path, elsewhere)
+
+
+def _not_started(job: Job[Any], error: OSError) -> JobError:
+    words = f"{_failures.name(job)} could not be started: {error}"
+    failed = JobFailed(words, job=job)
+    failed.__cause__ = error
+    return failed

@@ -1,0 +1,60 @@
+"""Events for whoever listens: bounded, and honest about what was dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from ._events import Dropped, Event
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Self
+
+
+class EventStream:
+    """Events from the moment it was made. A slow reader loses the oldest ones, and is told how many.
+
+    Args:
+        most: How many unread events are kept.
+        closed: Whether the scheduler is closed, so that nothing more will come.
+    """
+
+    def __init__(self, most: int, closed: Callable[[], bool]) -> None:
+        if type(most) is not int or most < 1:
+            raise ValueError(f"maxsize={most!r}: must be a whole number from 1")
+        self._events: deque[Event] = deque()
+        self._most = most
+        self._n_dropped = 0
+        self._closed = closed
+        self._news = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        """Adds an event."""
+        if len(self._events) >= self._most:
+            self._events.popleft()
+            self._n_dropped += 1
+        self._events.append(event)
+        self._news.set()
+
+    def wake(self) -> None:
+        """Lets the reader see that the scheduler has closed."""
+        self._news.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        """The next event; a `Dropped` where some are missing."""
+        while not self._events:
+            if self._closed():
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        if self._n_dropped:
+            n, self._n_dropped = self._n_dropped, 0
+            return Dropped(n, time.time())
+        return self._events.popleft()

@@ -1,0 +1,374 @@
+"""The driver's end of one isolated worker process. What the other end does is in `_worker_main`.
+
+Calls go through a packet socket. As long as a call lies unread in it, it can be taken back, by reading it
+from this side: so a worker can be given calls ahead of time, and none of them waits behind a long one or is
+lost with a process that dies. What was read and never answered is what the process died of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import mmap
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._capture import Capture, log_files
+from ._guardian import MARK, kill_tree
+from ._payload import PACKET
+from ._threads import in_thread
+from ._worker_main import CALL, FUNCTION, KNOWN_FUNCTIONS, REPLY, Extras
+
+if TYPE_CHECKING:
+    from ._calls import Call
+    from ._ledger import Entry
+    from ._rundir import RunDirectory
+
+_BOOTSTRAP = (
+    "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given.pop('path'); "
+    "from aiohypertunity._worker_main import main; main(**given)"
+)
+_AT_ONCE = 64
+_PACKETS = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
+
+
+class Reply(NamedTuple):
+    """What a worker answered to a call.
+
+    Attributes:
+        entry: Whose call it was.
+        kind: A kind of reply of `_payload`, or one of `_worker_main` with more to unpack.
+        body: Its pickle.
+        started_at: When the call started, in seconds since the epoch.
+        finished_at: When it ended.
+    """
+
+    entry: Entry
+    kind: bytes
+    body: memoryview
+    started_at: float
+    finished_at: float
+
+
+class Death(NamedTuple):
+    """How a worker died.
+
+    Attributes:
+        exit_code: What it exited with; None if a signal killed it.
+        signal: The signal that killed it, or None.
+        guilty: The entry whose call it had taken and not answered; None if there was none.
+        started_at: When that call started, in seconds since the epoch.
+        unstarted: The entries whose calls it never took.
+        stdout: The tail of what the guilty call, or the process before its first call, wrote.
+        stderr: The same of stderr.
+        in_need: Whether the machine killed something for want of memory meanwhile.
+    """
+
+    exit_code: int | None
+    signal: int | None
+    guilty: Entry | None
+    started_at: float | None
+    unstarted: list[Entry]
+    stdout: str
+    stderr: str
+    in_need: bool
+
+
+class WorkerProcess:
+    """A worker process, usable at once: what is sent before it stands waits in the socket.
+
+    Args:
+        key: What it was made for; it runs nothing else.
+        env: Its environment.
+        rundir: Where its files go.
+        on_replies: Called when there is something to `read`.
+        on_death: Called once, when its process is gone and so is its tree.
+
+    Attributes:
+        calls: The entries it was given; the first one is running, or will be.
+        acknowledged: Whether the start of the first one was reported.
+        used: Whether it was ever given a call.
+        retired: Whether it is to have no more.
+        gone: A future that is done after `on_death`.
+    """
+
+    def __init__(
+        self,
+        key: object,
+        env: Mapping[str, str],
+        rundir: RunDirectory,
+        on_replies: Callable[[WorkerProcess], None],
+        on_death: Callable[[WorkerProcess, Death], None],
+    ) -> None:
+        self.key = key
+        self.calls: deque[Entry] = deque()
+        self.pid: int | None = None
+        self.acknowledged = False
+        self.used = False
+        self.retired = False
+        self._rundir = rundir
+        self._mark = rundir.new_mark()
+        self._env = {**env, MARK: self._mark}
+        self._on_replies = on_replies
+        self._on_death = on_death
+        self._loop = asyncio.get_running_loop()
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, _PACKETS)
+        for end in (self._ours, self._theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * PACKET)
+        self._ours.setblocking(False)
+        self._page_file = _anonymous_file()
+        self._page = mmap.mmap(self._page_file, mmap.PAGESIZE)
+        self._started = memoryview(self._page).cast("d")
+        self._capture = Capture([rundir.new_path(name) for name in ("stdout", "stderr")])
+        self._numbers: deque[int] = deque()
+        self._next_number = 1
+        self._next_function = 1
+        self._known: dict[object, int] = {}
+        self._killed = False
+        self._n_oom_kills = 0
+        self._loop.add_reader(self._ours, on_replies, self)
+        self.gone = self._loop.create_task(self._live())
+
+    # --- calls, out and back ---------------------------------------------------------------
+
+    def send(self, entry: Entry) -> bool:
+        """Gives it a call; says whether there was room. For an idle worker there always is."""
+        call: Call = entry.call
+        cwd, logs = entry.job.cwd, entry.log_path
+        try:
+            function = self._number_of_function(call)
+            if call.shared or call.chunk or cwd or logs or not isinstance(call.payload, bytes):
+                body = pickle.dumps(tuple(_extras(call, cwd, logs)))
+                self._ours.send(CALL.pack(b"C", self._next_number, function) + body)
+            else:
+                self._ours.send(CALL.pack(b"c", self._next_number, function) + call.payload)
+        except BlockingIOError:
+            return False
+        self.used = True
+        self.calls.append(entry)
+        self._numbers.append(self._next_number)
+        self._next_number += 1
+        return True
+
+    def _number_of_function(self, call: Call) -> int:
+        files = call.function_files if call.n_function_files else None
+        # The bytes themselves are the key: Python remembers their hash.
+        key: object = (call.function, *files) if files else call.function
+        number = self._known.get(key)
+        if number is not None:
+            return number
+        number = self._next_function
+        if len(call.function) > PACKET or files:
+            blob: bytes | str = call.function
+            if len(call.function) > PACKET:
+                blob = self._rundir.write(call.function)
+            packet = FUNCTION.pack(b"F", number) + pickle.dumps((blob, files or []))
+        else:
+            packet = FUNCTION.pack(b"f", number) + call.function
+        self._ours.send(packet)
+        self._next_function += 1
+        if len(self._known) >= KNOWN_FUNCTIONS:
+            del self._known[next(iter(self._known))]
+        self._known[key] = number
+        return number
+
+    def take_back(self) -> list[Entry]:
+        """Takes back all calls that it hasn't taken itself."""
+        taken = set()
+        while True:
+            try:
+                packet = self._theirs.recv(2 * PACKET, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            if not packet:  # it was retired
+                break
+            if packet[:1] in (b"c", b"C"):
+                taken.add(CALL.unpack_from(packet)[1])
+            else:
+                self._forget(FUNCTION.unpack_from(packet)[1])
+        if not taken:
+            return []
+        pairs = list(zip(self._numbers, self.calls, strict=True))
+        kept = [(number, entry) for number, entry in pairs if number not in taken]
+        self._numbers = deque(number for number, _ in kept)
+        self.calls = deque(entry for _, entry in kept)
+        return [entry for number, entry in pairs if number in taken]
+
+    def _forget(self, number: int) -> None:
+        self._known = {key: known for key, known in self._known.items() if known != number}
+
+    def read(self) -> Iterator[Reply]:
+        """What it has answered, as much as the loop may be held for."""
+        for _ in range(_AT_ONCE):
+            try:
+                packet = self._ours.recv(2 * PACKET)
+            except BlockingIOError:
+                return
+            if not packet:
+                return
+            kind, _, started_at, finished_at = REPLY.unpack_from(packet)
+            self._numbers.popleft()
+            if self.acknowledged:
+                self.acknowledged = False
+                self._capture.unwatch()
+            yield Reply(
+                self.calls.popleft(), kind, memoryview(packet)[REPLY.size :], started_at, finished_at
+            )
+
+    @property
+    def running_since(self) -> float | None:
+        """When the first of its calls started, in seconds since the epoch; None if it hasn't."""
+        if self._numbers and self._started[0] == self._numbers[0]:
+            return self._started[1]
+        return None
+
+    # --- its life --------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """Kills its process group. The rest of its tree goes before `on_death`."""
+        self.retired = self._killed = True
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def retire(self) -> None:
+        """Lets it end by itself, being idle."""
+        self.retired = True
+        self._loop.remove_reader(self._ours)
+        self._ours.close()
+
+    def acknowledge(self) -> None:
+        """Notes that the call it runs takes its time: what the machine lacks now is of its doing."""
+        self.acknowledged = True
+        self._n_oom_kills = _n_oom_kills()
+        self._capture.unwatch()
+        self._capture.watch(self._loop)
+
+    async def _live(self) -> None:
+        try:
+            process = await in_thread(self._spawn)
+        except OSError as error:
+            self._close(Death(None, None, None, None, [], "", str(error), in_need=False))
+            return
+        self.pid = process.pid
+        self._rundir.guard(process.pid)
+        if self._killed:
+            self.kill()
+        status = await _exit_status(process)
+        await in_thread(kill_tree, process.pid, self._mark)
+        self._rundir.unguard(process.pid)
+        self._bury(status)
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        self._n_oom_kills = _n_oom_kills()
+        given = {
+            "path": sys.path,
+            "calls": self._theirs.fileno(),
+            "page": self._page_file,
+            "streams": self._capture.paths,
+            "directories": self._rundir.buffer_directories,
+            "argv": sys.argv,
+        }
+        with contextlib.ExitStack() as stack:
+            stdout, stderr = (
+                stack.enter_context(open(path, "ab")) for path in self._capture.paths
+            )
+            return subprocess.Popen(
+                [sys.executable, "-c", _BOOTSTRAP, json.dumps(given)],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=self._env,
+                pass_fds=(self._theirs.fileno(), self._page_file),
+                start_new_session=True,
+            )
+
+    def _bury(self, status: int) -> None:
+        while self.calls and self._has_answered():
+            self._on_replies(self)
+        since = self.running_since
+        unstarted = self.take_back()
+        guilty = self.calls.popleft() if self.calls else None
+        if guilty is not None and guilty.log_path is not None:
+            logs = [str(path) for path in log_files(guilty.log_path)]
+            stdout, stderr = Capture(logs).tails()
+        else:
+            starts = (0, 0) if since is None else (int(self._started[2]), int(self._started[3]))
+            stdout, stderr = self._capture.tails(starts)
+        in_need = status == -signal.SIGKILL and _n_oom_kills() > self._n_oom_kills
+        exit_code, number = (status, None) if status >= 0 else (None, -status)
+        self._close(Death(exit_code, number, guilty, since, unstarted, stdout, stderr, in_need))
+
+    def _has_answered(self) -> bool:
+        try:
+            return bool(self._ours.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    def _close(self, death: Death) -> None:
+        self.retired = True
+        if self._ours.fileno() >= 0:
+            self._loop.remove_reader(self._ours)
+        self._ours.close()
+        self._theirs.close()
+        self._started.release()
+        self._page.close()
+        os.close(self._page_file)
+        self._capture.unwatch()
+        self._capture.remove()
+        self._on_death(self, death)
+
+
+def _extras(call: Call, cwd: Any, log_path: Path | None) -> Extras:
+    logs = None if log_path is None else tuple(map(str, log_files(log_path)))
+    files = tuple(call.files)
+    if isinstance(call.payload, bytes):
+        return Extras(call.payload, None, files, cwd, logs, call.chunk)
+    return Extras(None, call.payload.path, files, cwd, logs, call.chunk)
+
+
+async def _exit_status(process: subprocess.Popen[bytes]) -> int:
+    """Waits for a process to end, without a thread where the system can tell."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):
+        return await in_thread(process.wait)
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+    return process.wait()
+
+
+def _anonymous_file() -> int:
+    """A page of memory with a descriptor, for a child to inherit."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("aiohypertunity")
+    else:
+        descriptor, path = tempfile.mkstemp()
+        os.unlink(path)
+    os.ftruncate(descriptor, mmap.PAGESIZE)
+    return descriptor
+
+
+def _n_oom_kills() -> int:
+    """How many processes this machine has killed for want of memory; 0 where it doesn't say."""
+    with contextlib.suppress(OSError), open("/proc/vmstat", "rb") as vmstat:
+        for line in vmstat:
+            if line.startswith(b"oom_kill "):
+                return int(line.split()[1])
+    return 0

@@ -1,0 +1,423 @@
+"""The blocking twin: the same names and parameters, for scripts, threads and notebooks.
+
+A scheduler runs on a loop of its own in a thread of its own, so that it works anywhere, also where a loop is
+running already. One call into it costs about 0.1 ms; `stream` and `collect` take all that is ready at once.
+
+On purpose different from the async one: `collect` returns a list, in the order of dispatch; `stream` is what
+`async for` over `collect` is there; a handle has `result()` instead of being awaited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import (
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
+
+import anyio
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from . import _handles, _scheduler
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from ._events import Event
+    from ._jobs import Job
+    from ._ledger import Entry
+    from ._map import Map
+    from ._results import Result, Status
+    from ._scheduler import Statistics
+    from ._slurm import Slurm
+    from ._streams import EventStream
+
+T = TypeVar("T")
+
+
+class JobHandle(Generic[T]):
+    """A dispatched job. See `aiohypertunity.JobHandle`."""
+
+    __slots__ = ("_handle", "_portal")
+
+    def __init__(self, handle: _handles.JobHandle[T], portal: _Portal) -> None:
+        self._handle = handle
+        self._portal = portal
+
+    @property
+    def id(self) -> int | str:
+        """The job's id."""
+        return self._handle.id
+
+    @property
+    def job(self) -> Job[T]:
+        """The job."""
+        return self._handle.job
+
+    @property
+    def status(self) -> Status:
+        """Where it stands."""
+        return self._handle.status
+
+    @property
+    def slurm_id(self) -> str | None:
+        """Slurm's id of it; None until it is known."""
+        return self._handle.slurm_id
+
+    @property
+    def pending_reason(self) -> str | None:
+        """Why Slurm lets it wait."""
+        return self._handle.pending_reason
+
+    @property
+    def node(self) -> str | None:
+        """The machine it runs or ran on, where it's known."""
+        return self._handle.node
+
+    def done(self) -> bool:
+        """Whether it's over."""
+        return self._handle.done()
+
+    def cancel(self) -> None:
+        """Asks for its end. `result` returns once it's truly gone."""
+        self._portal.call(self._handle.cancel)
+
+    def wait_started(self, timeout: float | None = None) -> None:
+        """Waits until it runs, or is over without having run.
+
+        Raises:
+            TimeoutError: It took longer than `timeout` seconds.
+        """
+        self._portal.call(_within, timeout, self._handle.wait_started)
+
+    def result(self, timeout: float | None = None) -> Result[T]:
+        """Waits for its result, which stays collectable.
+
+        Raises:
+            TimeoutError: It took longer than `timeout` seconds. The job runs on.
+        """
+
+        async def wait() -> Result[T]:
+            return await self._handle
+
+        return self._portal.call(_within, timeout, wait)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, JobHandle) and other._handle == self._handle
+
+    def __hash__(self) -> int:
+        return hash(self._handle)
+
+    def __repr__(self) -> str:
+        return repr(self._handle)
+
+
+class Batch(Sequence[JobHandle[T]]):
+    """The handles of one `dispatch`. See `aiohypertunity.Batch`."""
+
+    def __init__(self, batch: _handles.Batch[T], portal: _Portal) -> None:
+        self._batch = batch
+        self._portal = portal
+
+    @overload
+    def __getitem__(self, index: int) -> JobHandle[T]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[JobHandle[T]]: ...
+    def __getitem__(self, index: int | slice) -> JobHandle[T] | list[JobHandle[T]]:
+        if isinstance(index, slice):
+            return [JobHandle(handle, self._portal) for handle in self._batch[index]]
+        return JobHandle(self._batch[index], self._portal)
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    def collect(
+        self,
+        n_results: float | None = None,
+        timeout: float | None = None,
+        *,
+        deadline: float | None = None,
+        ordered: bool = True,
+    ) -> list[Result[T]]:
+        """As `Scheduler.collect`, of this batch alone. Claims its results."""
+        make = partial(self._batch.collect, n_results, timeout, deadline=deadline)
+        return _collect(self._portal, make, ordered=ordered)
+
+    def stream(
+        self,
+        n_results: float | None = None,
+        timeout: float | None = None,
+        *,
+        deadline: float | None = None,
+        ordered: bool = False,
+    ) -> Iterator[Result[T]]:
+        """As `Scheduler.stream`, of this batch alone. Claims its results."""
+        make = partial(
+            self._batch.collect, n_results, timeout, deadline=deadline, ordered=ordered
+        )
+        return _stream(self._portal, make)
+
+    def cancel(self) -> None:
+        """Cancels all of it that isn't over."""
+        self._portal.call(self._batch.cancel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._portal.call(self._batch.__aexit__, kind, error, traceback)
+
+    def __repr__(self) -> str:
+        return repr(self._batch)
+
+
+class Scheduler:
+    """Runs jobs, and gives their results as they come. See `aiohypertunity.Scheduler` for the arguments.
+
+    Use it as `with`, or with `start()` and `close()` where a `with` can't span (notebook cells). Any thread may
+    use it.
+    """
+
+    def __init__(
+        self,
+        n_parallel: int | None = None,
+        *,
+        backend: str = "isolated",
+        resources: Mapping[str, Sequence[int | str]] | None = None,
+        slurm: Slurm | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+        kill_grace: float = 5.0,
+        logs: str | os.PathLike[str] | None = None,
+        on_exit: Literal["cancel", "wait"] = "cancel",
+    ) -> None:
+        self._scheduler = _scheduler.Scheduler(
+            n_parallel,
+            backend=backend,
+            resources=resources,
+            slurm=slurm,
+            timeout=timeout,
+            retries=retries,
+            kill_grace=kill_grace,
+            logs=logs,
+            on_exit=on_exit,
+        )
+        self._portal = _Portal()
+
+    def start(self) -> Self:
+        """Starts it, where a `with` can't span its life.
+
+        Raises:
+            OSError: There's no room for its directory in the temporary directory.
+            RuntimeError: It was started before.
+        """
+        with contextlib.ExitStack() as stack:
+            self._portal.open()
+            stack.callback(self._portal.close)
+            self._portal.call(self._scheduler.start)
+            stack.pop_all()
+        return self
+
+    def close(self) -> None:
+        """Leaves: cancels or waits for what isn't over, as `on_exit` says. `collect` still works.
+
+        Interrupted while it waits, it cancels what is left, and is done when that is gone.
+        """
+        interrupt = None
+        while True:
+            try:
+                self._portal.call(self._scheduler.aclose)
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+        self._portal.close()
+        if interrupt is not None:
+            raise interrupt
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            with contextlib.suppress(KeyboardInterrupt):
+                self._portal.call(self._scheduler.__aexit__, kind, error, traceback)
+        self.close()
+
+    def dispatch(self, jobs: Job[T] | Iterable[Job[T]], *, private: bool = False) -> Batch[T]:
+        """See `aiohypertunity.Scheduler.dispatch`. Their calls are packed in this thread."""
+        return Batch(self._scheduler.dispatch(jobs, private=private), self._portal)
+
+    def map(
+        self,
+        function: Callable[..., T] | str,
+        inputs: Iterable[Any] | AsyncIterable[Any],
+        *,
+        ordered: bool = False,
+        chunk: int | Literal["auto"] = "auto",
+    ) -> Iterator[T]:
+        """See `aiohypertunity.Scheduler.map`. `inputs` are taken in the scheduler's thread."""
+        start = partial(self._scheduler.map, function, inputs, ordered=ordered, chunk=chunk)
+        return self._values(self._portal.call(start))
+
+    def _values(self, running: Map[T]) -> Iterator[T]:
+        try:
+            while values := self._portal.call(running.take):
+                yield from values
+        finally:
+            self._portal.call(running.aclose)
+
+    def collect(
+        self,
+        n_results: float | None = None,
+        timeout: float | None = None,
+        *,
+        deadline: float | None = None,
+        ordered: bool = True,
+    ) -> list[Result[Any]]:
+        """The results, as a list in the order of dispatch.
+
+        Takes nothing until all of them are there: after a timeout or Ctrl-C all can still be collected.
+
+        Args:
+            n_results: How many: the first ones to be done. None: all, until no job is left. 0 or less: those that
+                are ready now.
+            timeout: Seconds to wait for the next one to be done, at the most.
+            deadline: Seconds to wait for all of them, at the most.
+            ordered: Whether in the order of dispatch, or in that in which they were done.
+
+        Raises:
+            CollectTimeout: It took too long.
+            NotEnoughJobs: There are no more jobs to give as many.
+        """
+        make = partial(self._scheduler.collect, n_results, timeout, deadline=deadline)
+        return _collect(self._portal, make, ordered=ordered)
+
+    def stream(
+        self,
+        n_results: float | None = None,
+        timeout: float | None = None,
+        *,
+        deadline: float | None = None,
+        ordered: bool = False,
+    ) -> Iterator[Result[Any]]:
+        """The results as they come: `async for` over `aiohypertunity.Scheduler.collect`, blocking."""
+        make = partial(
+            self._scheduler.collect, n_results, timeout, deadline=deadline, ordered=ordered
+        )
+        return _stream(self._portal, make)
+
+    def statistics(self) -> Statistics:
+        """How things stand."""
+        return self._portal.call(self._scheduler.statistics)
+
+    def events(self, maxsize: int = 10_000) -> Iterator[Event]:
+        """What happens from now on. See `aiohypertunity.Scheduler.events`."""
+        stream = self._portal.call(self._scheduler.events, maxsize)
+        return iter(lambda: self._portal.call(_next, stream), None)  # type: ignore[arg-type,return-value]  # None ends it
+
+
+class _Portal:
+    """The way into the scheduler's loop: its thread while it runs, another one for a moment afterwards."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._portal: BlockingPortal | None = None
+
+    def open(self) -> None:
+        """Starts the thread."""
+        self._portal = self._stack.enter_context(start_blocking_portal())
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._portal = None
+        self._stack.close()
+
+    def call(self, function: Callable[..., Awaitable[T] | T], *args: Any) -> T:
+        """Calls a function there and waits; interrupted, it cancels the call."""
+        if self._portal is None:
+            with start_blocking_portal() as portal:
+                return portal.call(function, *args)
+        future = self._portal.start_task_soon(function, *args)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def _collect(
+    portal: _Portal, make: Callable[[], _handles.Collector[T]], *, ordered: bool
+) -> list[Result[T]]:
+    """Takes all at once, or nothing."""
+    collector = portal.call(make)
+    taken: list[Entry] = []
+
+    async def take() -> None:
+        taken.extend(await collector.take_all())
+
+    try:
+        portal.call(take)
+    except BaseException:
+        # The interrupt may have come when they were taken already.
+        portal.call(collector.give_back, taken)
+        raise
+    if ordered:
+        taken.sort(key=lambda entry: entry.seq)
+    return [cast("Result[T]", entry.result) for entry in taken]
+
+
+def _stream(
+    portal: _Portal, make: Callable[[], _handles.Collector[T]]
+) -> Iterator[Result[T]]:
+    """Delivers all that is ready at each hop into the loop; what it doesn't deliver, it gives back."""
+    collector = portal.call(make)
+    taken: deque[Entry] = deque()
+
+    async def take() -> None:
+        with contextlib.suppress(StopAsyncIteration):
+            taken.append(await collector.next_entry())
+            taken.extend(collector.take_ready())
+
+    def deliver() -> Iterator[Result[T]]:
+        try:
+            while True:
+                portal.call(take)
+                if not taken:
+                    return
+                while taken:
+                    yield cast("Result[T]", taken.popleft().result)
+        finally:
+            if taken:
+                portal.call(collector.give_back, tuple(taken))
+
+    return deliver()
+
+
+async def _next(stream: EventStream) -> Event | None:
+    return await anext(stream, None)
+
+
+async def _within(timeout: float | None, wait: Callable[[], Awaitable[T]]) -> T:
+    with anyio.fail_after(timeout):
+        return await wait()
