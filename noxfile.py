@@ -28,7 +28,9 @@ DEBIAN_PACKAGES = ("slurm-wlm", "slurmdbd", "mariadb-server", "munge", "openssh-
 def works(python: str) -> bool:
     """Whether a command is a Python that runs: pyenv's shims exist for versions that aren't active."""
     command = [python, "-c", ""]
-    return bool(shutil.which(python)) and not subprocess.run(command, capture_output=True).returncode  # noqa: PLW1510
+    return (
+        bool(shutil.which(python)) and not subprocess.run(command, capture_output=True).returncode
+    )  # noqa: PLW1510
 
 
 def find_pythons() -> None:

@@ -16,8 +16,11 @@ What to run is a `Job` or a `SlurmJob`; a `Scheduler` runs it and gives back a `
     _worker_main, _capture, _workers, _callables, _joblib
                  callables: in isolated workers, or through a joblib backend
     _scripts     scripts as asyncio subprocesses
+    _inline      a job run here and now
     _transports, _slurm
                  Slurm jobs
+    _handles, _map, _streams
+                 what a user holds of a scheduler
     _scheduler   the only owner of tasks
     sync         the blocking twin
 
@@ -65,9 +68,11 @@ if TYPE_CHECKING:
         Retried,
         Started,
     )
+    from ._handles import Batch, Collector, JobHandle
     from ._jobs import Job, SlurmJob
+    from ._map import Map
     from ._results import Result, Status
-    from ._scheduler import Batch, Collector, JobHandle, Map, Scheduler, Statistics
+    from ._scheduler import Scheduler, Statistics
     from ._slurm import Slurm
 
 __version__ = "0.1.0"
@@ -82,9 +87,11 @@ _HOMES = {
         "Cancelled", "Dropped", "Event", "Finished", "LinkDown", "LinkUp", "Queued", "Retried",
         "Started",
     ),
+    "_handles": ("Batch", "Collector", "JobHandle"),
     "_jobs": ("Job", "SlurmJob"),
+    "_map": ("Map",),
     "_results": ("Result", "Status"),
-    "_scheduler": ("Batch", "Collector", "JobHandle", "Map", "Scheduler", "Statistics"),
+    "_scheduler": ("Scheduler", "Statistics"),
     "_slurm": ("Slurm",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

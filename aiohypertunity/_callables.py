@@ -165,7 +165,9 @@ class IsolatedCallables:
         return self._spawn(key)
 
     def _unused(self, key: _Key) -> WorkerProcess | None:
-        return next((worker for worker in self._idle if not worker.used and worker.key == key), None)
+        return next(
+            (worker for worker in self._idle if not worker.used and worker.key == key), None
+        )
 
     def _spawn(self, key: _Key) -> WorkerProcess:
         env = {**os.environ, **self._thread_limits(1), **dict(key.env)}
@@ -304,9 +306,7 @@ class IsolatedCallables:
         if death.in_need and death.signal:
             error: JobCrashed = _failures.out_of_memory(job, *output, signal=death.signal)
         else:
-            error = _failures.crashed(
-                job, *output, exit_code=death.exit_code, signal=death.signal
-            )
+            error = _failures.crashed(job, *output, exit_code=death.exit_code, signal=death.signal)
         entry.place = None
         self._owner.finished(
             entry,

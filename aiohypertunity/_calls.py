@@ -6,15 +6,18 @@ import contextlib
 import os
 import pickle
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import _failures, _payload
-from ._errors import PayloadError
 from ._jobs import Args, FunctionRef, Job, ScriptRef
 from ._payload import PACKET
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._errors import PayloadError
 
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 
@@ -131,12 +134,12 @@ class Packer:
         try:
             if type(args) is tuple and _PLAIN.issuperset(map(type, args)):
                 # Several times as quick as asking for large buffers that can't be there.
-                payload: bytes | SharedFile = pickle.dumps(args, 5)
-                shared: tuple[SharedFile, ...] = ()
-                if len(payload) > PACKET:
-                    payload, shared = self._pack_args(args)
-            else:
-                payload, shared = self._pack_args(args)
+                quick = pickle.dumps(args, 5)
+                if len(quick) <= PACKET:
+                    return Call(
+                        function.blob, quick, function.shared, len(function.shared), function.script
+                    )
+            payload, shared = self._pack_args(args)
         except _payload.Unpicklable as error:
             return _failures.unreadable(job, error.part, error.reason)
         except OSError as error:
@@ -156,7 +159,9 @@ class Packer:
             raise function
         payload, shared = self._pack_args(tuple(inputs), "input")
         files = function.shared + shared
-        return Call(function.blob, payload, files, len(function.shared), function.script, chunk=True)
+        return Call(
+            function.blob, payload, files, len(function.shared), function.script, chunk=True
+        )
 
     def _pack_args(
         self, args: object, what: str = "argument"

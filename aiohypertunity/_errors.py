@@ -33,8 +33,11 @@ class HypertunityError(Exception):
     """The root: `except HypertunityError` catches whatever this package raises of its own."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # The default drops the cause, and the cause of a JobFailed is what the user wrote.
-        return _rebuild, (type(self), self.args, self.__dict__, self.__cause__)
+        # The default drops the cause, and the cause of a JobFailed is what the user's task raised; the
+        # cause of that, which the default drops as well, is its traceback.
+        cause = self.__cause__
+        root = None if cause is None else cause.__cause__
+        return _rebuild, (type(self), self.args, self.__dict__, cause, root)
 
 
 def _rebuild(
@@ -42,11 +45,14 @@ def _rebuild(
     args: tuple[object, ...],
     state: dict[str, object],
     cause: BaseException | None,
+    root: BaseException | None,
 ) -> HypertunityError:
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(state)
     error.__cause__ = cause
+    if cause is not None:
+        cause.__cause__ = root
     return error
 
 

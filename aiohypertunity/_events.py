@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from ._errors import JobError
+    from ._errors import HypertunityError
     from ._jobs import Job
     from ._results import Result
 
@@ -48,7 +48,7 @@ class Retried:
     job: Job[Any]
     at: float
     attempt: int
-    error: JobError
+    error: HypertunityError
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from ._errors import (
     PayloadError,
     RemoteTraceback,
 )
-
 from ._results import Outcome, Status
 
 if TYPE_CHECKING:
@@ -31,7 +30,9 @@ _LAST_LINES = 10
 def last_lines(*streams: str) -> str:
     """The end of what a job wrote, as the end of a message: empty if it was silent."""
     lines = "\n".join(filter(None, streams)).rstrip().splitlines()[-_LAST_LINES:]
-    return "\nIts last output:\n" + "\n".join(f"    {line[:500]}" for line in lines) if lines else ""
+    return (
+        "\nIts last output:\n" + "\n".join(f"    {line[:500]}" for line in lines) if lines else ""
+    )
 
 
 def name(job: Job[Any]) -> str:

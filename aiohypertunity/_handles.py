@@ -14,8 +14,7 @@ from ._results import Result, Status
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
     from ._jobs import Job
 
@@ -120,7 +119,9 @@ class Batch(Sequence[JobHandle[T]]):
     lets go of what nobody collected.
     """
 
-    def __init__(self, entries: Sequence[Entry], pool: Pool, cancel: Cancel, closed: Closed) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], pool: Pool, cancel: Cancel, closed: Closed
+    ) -> None:
         self._entries = entries
         self._pool = pool
         self._cancel = cancel

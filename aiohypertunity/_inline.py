@@ -11,7 +11,6 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _failures, _payload
@@ -19,7 +18,7 @@ from ._jobs import FunctionRef, Job, ScriptRef, SlurmJob
 from ._results import Outcome, Result, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
@@ -44,9 +43,7 @@ def run_inline(job: Job[T]) -> Result[T]:
         outcome = _call(job, target)
     outcome.started_at, outcome.finished_at = began, time.time()
     outcome.host, outcome.pid = socket.gethostname(), os.getpid()
-    return Result.of(
-        job, outcome, attempts=1, queued_at=began, finished_at=outcome.finished_at
-    )
+    return Result.of(job, outcome, attempts=1, queued_at=began, finished_at=outcome.finished_at)
 
 
 def _call(job: Job[Any], target: Callable[..., Any] | FunctionRef) -> Outcome:

@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from ._results import Result
@@ -183,6 +183,9 @@ class Job(Generic[T]):
         _check_keys("meta", meta, ("binary", "output", "resources"))
         if meta.get("output", "env") != "env":
             raise ValueError(f"meta['output']={meta['output']!r}: can only be 'env'")
+        program = _binary(meta.get("binary"))[:1]
+        if program and shutil.which(program[0]) is None:
+            raise ValueError(f"meta['binary']={meta['binary']!r}: there is no program {program[0]!r}")
         _check_local_resources(meta.get("resources", {}))
 
     def _register(self) -> None:
@@ -217,7 +220,7 @@ class Job(Generic[T]):
 
 
 class _Portable:
-    """A job's fields on their way into a pickle: whatever plain pickle can't do, cloudpickle does."""
+    """A job's fields on their way into a pickle, by cloudpickle: a task may be a lambda."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state
@@ -238,7 +241,7 @@ def _restore(kind: type[Job[Any]], state: dict[str, Any]) -> Job[Any]:
 
 @dataclass(frozen=True, eq=False)
 class SlurmJob(Job[T]):
-    """A job for a Slurm cluster. As `Job`, and besides:
+    """A job for a Slurm cluster: a `Job` that knows some more.
 
     Args:
         meta: `"binary"`; `"resources"`: `{"cpu": 4, "gpu": "a100:1", "memory": "8G",
@@ -335,32 +338,31 @@ def _check_signature(function: Callable[..., Any], args: Args) -> None:
         return
     try:
         if isinstance(args, dict):
-            signature.bind(**args)
-        elif not signature.takes(len(args)):
-            signature.bind(*args)
+            signature.full.bind(**args)
+        elif not signature.least <= len(args) <= signature.most:
+            signature.full.bind(*args)
     except TypeError as error:
-        raise TypeError(f"args={args!r} don't fit {function!r}{signature}: {error}") from None
+        raise TypeError(f"args={args!r} don't fit {function!r}{signature.full}: {error}") from None
 
 
-class _Signature(inspect.Signature):
-    """A signature that knows how many positional arguments are surely right."""
+class _Signature(NamedTuple):
+    """A signature, and how many positional arguments are surely right."""
 
-    __slots__ = ("_least", "_most")
-
-    def takes(self, n_args: int) -> bool:
-        """Whether `n_args` positional arguments, and no other, are surely right."""
-        return self._least <= n_args <= self._most
+    full: inspect.Signature
+    least: int
+    most: float
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> _Signature:
-        self = cls.from_callable(function)
-        kinds = [(p.kind, p.default is p.empty) for p in self.parameters.values()]
-        positional = [needed for kind, needed in kinds if kind in _POSITIONAL]
-        self._least = sum(positional)
-        self._most = math.inf if (inspect.Parameter.VAR_POSITIONAL, True) in kinds else len(positional)
+        full = inspect.signature(function)
+        kinds = [(p.kind, p.default is p.empty) for p in full.parameters.values()]
+        needed = [is_needed for kind, is_needed in kinds if kind in _POSITIONAL]
+        most: float = len(needed)
+        if (inspect.Parameter.VAR_POSITIONAL, True) in kinds:
+            most = math.inf
         if (inspect.Parameter.KEYWORD_ONLY, True) in kinds:
-            self._most = -1
-        return self
+            most = -1
+        return cls(full, sum(needed), most)
 
 
 _POSITIONAL = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
@@ -445,7 +447,11 @@ def _names_in(path: str, mtime_ns: int, size: int) -> frozenset[str] | None:  # 
     names: set[str] = set()
     for node in ast.walk(tree):
         match node:
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            case (
+                ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+                | ast.ClassDef(name=name)
+            ):
                 names.add(name)
             case ast.Name(id=name, ctx=ast.Store()):
                 names.add(name)
@@ -483,5 +489,7 @@ def _binary(binary: object) -> tuple[str, ...]:
         return ()
     words = (binary,) if isinstance(binary, str | os.PathLike) else binary
     if not isinstance(words, list | tuple) or not words:
-        raise TypeError(f"meta['binary']={binary!r}: must be a program, or a list of it and its options")
+        raise TypeError(
+            f"meta['binary']={binary!r}: must be a program, or a list of it and its options"
+        )
     return tuple(os.fspath(word) for word in words)

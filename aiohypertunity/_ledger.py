@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ._errors import NotEnoughJobs
@@ -24,6 +23,7 @@ from ._results import Result, Status
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ._jobs import Job
@@ -202,7 +202,11 @@ class Ledger:
             if amount > total:
                 raise ValueError(
                     f"a job asks for {amount} {name}, and this scheduler has {total}: "
-                    + ("raise n_parallel" if name == "cpu" else f"give it resources={{{name!r}: [...]}}")
+                    + (
+                        "raise n_parallel"
+                        if name == "cpu"
+                        else f"give it resources={{{name!r}: [...]}}"
+                    )
                 )
         return Needs(cpus, tuple(sorted((n, a) for n, a in amounts.items() if a)))
 

@@ -17,7 +17,7 @@ from ._jobs import Job
 from ._ledger import Entry, Pool
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 R = TypeVar("R")
 
@@ -179,8 +179,10 @@ class _Inputs:
             self._sync = iter(inputs)
 
     async def take(self, n: int) -> list[Any]:
-        """The next inputs, `n` at most; none at the end. Of an async iterable always one: the next
-        may be long in coming."""
+        """The next inputs, `n` at most; none at the end.
+
+        Of an async iterable always one: the next may be long in coming.
+        """
         if self._sync is not None:
             return list(itertools.islice(self._sync, n))
         assert self._async is not None

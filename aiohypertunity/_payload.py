@@ -109,9 +109,7 @@ def _script_module(path: str) -> types.ModuleType:
     return module
 
 
-def dumps(
-    value: object, what: str, write: Write | None
-) -> tuple[bytes, list[str]]:
+def dumps(value: object, what: str, write: Write | None) -> tuple[bytes, list[str]]:
     """A pickle, and the files of its large buffers.
 
     Plain pickle is tried first, being several times faster; what it can't do, or would do by a name
@@ -300,4 +298,3 @@ def unreadable(part: str, error: BaseException) -> tuple[bytes, bytes, list[str]
         reason += " (free some space, or set TMPDIR to a directory that has it)"
     text = "".join(traceback.format_exception(error))
     return UNREADABLE, pickle.dumps((part, reason, text)), []
-

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Mapping
 from dataclasses import Field, dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from ._errors import JobError
-
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from ._errors import JobError, SubmitError, TransportError
     from ._jobs import Job
 
 T = TypeVar("T")
@@ -59,7 +58,7 @@ class Outcome:
         self,
         status: Status,
         data: object = None,
-        error: JobError | None = None,
+        error: JobError | SubmitError | TransportError | None = None,
         *,
         started_at: float | None = None,
         finished_at: float | None = None,
@@ -135,7 +134,7 @@ class Result(Generic[T]):
     id: int | str
     job: Job[T]
     data: T
-    error: JobError | None
+    error: JobError | SubmitError | TransportError | None
     status: Status
     attempts: int
     queued_at: float
@@ -212,5 +211,5 @@ def _data(result: Result[Any]) -> object:
 
 
 # Set after the class is made: inside it, the dataclass would take them for a default and a field.
-Result.data = cast("Any", property(_data))
+Result.data = cast("Any", property(_data))  # type: ignore[misc]  # no variable, a property
 Result.__dataclass_fields__ = cast("Any", _Fields(Result.__dataclass_fields__))

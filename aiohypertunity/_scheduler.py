@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import anyio
 
 from . import _failures
-from ._calls import Call, Packer, ScriptCall
 from ._callables import IsolatedCallables, available_cpus
+from ._calls import Call, Packer, ScriptCall
 from ._errors import JobCrashed, JobFailed, JobTimeout, PayloadError
 from ._events import Cancelled, Event, Finished, Queued, Retried, Started
 from ._handles import Batch, Collector, cancel_all
-from ._jobs import Job, ScriptRef, SlurmJob, check_seconds
 from ._joblib import JoblibCallables, check_backend
+from ._jobs import Job, ScriptRef, SlurmJob, check_seconds
 from ._ledger import Entry, Executor, Ledger, Pool
 from ._map import Map
 from ._payload import Unpicklable
@@ -41,8 +41,7 @@ from ._threads import in_thread
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
     from ._slurm import Slurm
 
@@ -349,7 +348,9 @@ class Scheduler:
         """How things stand."""
         running = [e for e in self._unfinished if e.started_at is not None and e.grant is not None]
         now = time.time()
-        busy = sum((now - (e.started_at or now)) * (e.grant.cpus if e.grant else 0) for e in running)
+        busy = sum(
+            (now - (e.started_at or now)) * (e.grant.cpus if e.grant else 0) for e in running
+        )
         n_running = sum(entry.status is Status.RUNNING for entry in self._unfinished)
         return Statistics(
             n_pending=len(self._unfinished) - n_running,
@@ -600,9 +601,7 @@ class Scheduler:
         job = entry.job
         if outcome.status is Status.CRASHED and entry.stop_status is Status.TIMED_OUT:
             outcome.status = Status.TIMED_OUT
-            outcome.error = _failures.timed_out(
-                job, entry.timeout, outcome.stdout, outcome.stderr
-            )
+            outcome.error = _failures.timed_out(job, entry.timeout, outcome.stdout, outcome.stderr)
         elif outcome.status is Status.CRASHED and entry.stop_status is Status.CANCELLED:
             outcome.status = Status.CANCELLED
             outcome.error = _failures.cancelled(job, started=entry.started_at is not None)

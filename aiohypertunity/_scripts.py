@@ -151,9 +151,7 @@ class _Run:
 
     async def _start(self) -> asyncio.subprocess.Process:
         with contextlib.ExitStack() as stack:
-            stdout, stderr = (
-                stack.enter_context(open(path, "ab")) for path in self._capture.paths
-            )
+            stdout, stderr = (stack.enter_context(open(path, "ab")) for path in self._capture.paths)
             return await asyncio.create_subprocess_exec(
                 *self._words(),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -166,7 +164,11 @@ class _Run:
 
     def _words(self) -> tuple[str, ...]:
         call = self._call
-        return call.words if call.output_words is None else (*call.words, *call.output_words, self._output)
+        return (
+            call.words
+            if call.output_words is None
+            else (*call.words, *call.output_words, self._output)
+        )
 
     def _env(self) -> dict[str, str]:
         grant = self._entry.grant

@@ -11,8 +11,7 @@ from ._events import Dropped, Event
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from typing_extensions import Self
+    from typing import Self
 
 
 class EventStream:

@@ -19,7 +19,7 @@ files of stdout and stderr its own output begins.
 
 from __future__ import annotations
 
-import _signal  # signal.getsignal makes an enum of what it finds, at 4 µs a piece
+import _signal  # type: ignore[import-not-found]  # signal.getsignal makes an enum of what it finds, at 4 µs a piece
 import atexit
 import contextlib
 import ctypes
@@ -32,11 +32,13 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _payload
 from ._payload import PACKET
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TAIL = 65_536
 """How many bytes of each stream a result carries."""
@@ -49,7 +51,14 @@ CALL = struct.Struct("<cQI")
 REPLY = struct.Struct("<cQdd")
 
 _TRIM = 1 << 20
-_HANDLERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+_HANDLERS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+)
 
 
 class Extras(NamedTuple):
@@ -134,7 +143,7 @@ class Surroundings:
     def __init__(self) -> None:
         self._cwd = os.getcwd()
         self._environ = dict(os.environ)
-        self._raw_environ = dict(os.environ._data)  # type: ignore[attr-defined]  # ten times as quick
+        self._raw_environ = dict(os.environ._data)  # type: ignore[attr-defined]  # noqa: SLF001 - ten times as quick
         self._handlers = [(int(number), _signal.getsignal(number)) for number in _HANDLERS]
 
     def restore(self) -> None:
@@ -145,7 +154,7 @@ class Surroundings:
         except OSError:  # somebody removed the directory
             with contextlib.suppress(OSError):
                 os.chdir(self._cwd)
-        if os.environ._data != self._raw_environ:  # type: ignore[attr-defined]
+        if os.environ._data != self._raw_environ:  # type: ignore[attr-defined]  # noqa: SLF001
             os.environ.clear()
             os.environ.update(self._environ)
         signal.alarm(0)
@@ -310,5 +319,5 @@ def main(
             worker.run()
         # A thread that a call left behind must not keep this process; what it registered still runs.
         with contextlib.suppress(BaseException):
-            atexit._run_exitfuncs()
+            atexit._run_exitfuncs()  # noqa: SLF001 - what os._exit leaves out
         os._exit(0)

@@ -19,8 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._capture import Capture, log_files
@@ -30,6 +28,9 @@ from ._threads import in_thread
 from ._worker_main import CALL, FUNCTION, KNOWN_FUNCTIONS, REPLY, Extras
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
     from ._calls import Call
     from ._ledger import Entry
     from ._rundir import RunDirectory
@@ -222,7 +223,11 @@ class WorkerProcess:
                 self.acknowledged = False
                 self._capture.unwatch()
             yield Reply(
-                self.calls.popleft(), kind, memoryview(packet)[REPLY.size :], started_at, finished_at
+                self.calls.popleft(),
+                kind,
+                memoryview(packet)[REPLY.size :],
+                started_at,
+                finished_at,
             )
 
     @property
@@ -280,9 +285,7 @@ class WorkerProcess:
             "argv": sys.argv,
         }
         with contextlib.ExitStack() as stack:
-            stdout, stderr = (
-                stack.enter_context(open(path, "ab")) for path in self._capture.paths
-            )
+            stdout, stderr = (stack.enter_context(open(path, "ab")) for path in self._capture.paths)
             return subprocess.Popen(
                 [sys.executable, "-c", _BOOTSTRAP, json.dumps(given)],
                 stdin=subprocess.DEVNULL,
@@ -330,7 +333,8 @@ class WorkerProcess:
 
 
 def _extras(call: Call, cwd: Any, log_path: Path | None) -> Extras:
-    logs = None if log_path is None else tuple(map(str, log_files(log_path)))
+    stdout, stderr = log_files(log_path) if log_path else (None, None)
+    logs = (str(stdout), str(stderr)) if log_path else None
     files = tuple(call.files)
     if isinstance(call.payload, bytes):
         return Extras(call.payload, None, files, cwd, logs, call.chunk)

@@ -10,12 +10,12 @@ On purpose different from the async one: `collect` returns a list, in the order 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import (
     AsyncIterable,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -30,9 +30,9 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from . import _handles, _scheduler
 
 if TYPE_CHECKING:
+    import os
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
     from ._events import Event
     from ._jobs import Job
@@ -163,9 +163,7 @@ class Batch(Sequence[JobHandle[T]]):
         ordered: bool = False,
     ) -> Iterator[Result[T]]:
         """As `Scheduler.stream`, of this batch alone. Claims its results."""
-        make = partial(
-            self._batch.collect, n_results, timeout, deadline=deadline, ordered=ordered
-        )
+        make = partial(self._batch.collect, n_results, timeout, deadline=deadline, ordered=ordered)
         return _stream(self._portal, make)
 
     def cancel(self) -> None:
@@ -334,7 +332,7 @@ class Scheduler:
     def events(self, maxsize: int = 10_000) -> Iterator[Event]:
         """What happens from now on. See `aiohypertunity.Scheduler.events`."""
         stream = self._portal.call(self._scheduler.events, maxsize)
-        return iter(lambda: self._portal.call(_next, stream), None)  # type: ignore[arg-type,return-value]  # None ends it
+        return iter(lambda: self._portal.call(_next, stream), None)
 
 
 class _Portal:
@@ -353,7 +351,11 @@ class _Portal:
         self._portal = None
         self._stack.close()
 
-    def call(self, function: Callable[..., Awaitable[T] | T], *args: Any) -> T:
+    @overload
+    def call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T: ...
+    @overload
+    def call(self, function: Callable[..., T], *args: Any) -> T: ...
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function there and waits; interrupted, it cancels the call."""
         if self._portal is None:
             with start_blocking_portal() as portal:
@@ -387,9 +389,7 @@ def _collect(
     return [cast("Result[T]", entry.result) for entry in taken]
 
 
-def _stream(
-    portal: _Portal, make: Callable[[], _handles.Collector[T]]
-) -> Iterator[Result[T]]:
+def _stream(portal: _Portal, make: Callable[[], _handles.Collector[T]]) -> Iterator[Result[T]]:
     """Delivers all that is ready at each hop into the loop; what it doesn't deliver, it gives back."""
     collector = portal.call(make)
     taken: deque[Entry] = deque()
