@@ -1,0 +1,80 @@
+"""Every code block of the README runs as it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import nbclient
+import nbformat
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def kind_of(block: str) -> str:
+    if "ht.Slurm" in block or "SlurmJob" in block:
+        return "slurm"
+    if "Starlette" in block:
+        return "service"
+    return "notebook" if re.search(r"^\w.*\bawait ", block, re.MULTILINE) else "script"
+
+
+def of_kind(kind: str):
+    numbered = [(n, block) for n, block in enumerate(BLOCKS) if kind_of(block) == kind]
+    assert numbered, f"the README has no block of the kind {kind}"
+    return [pytest.param(block, id=f"{kind}-{n}") for n, block in numbered]
+
+
+@pytest.mark.parametrize("block", of_kind("script"))
+def test_scripts(block, tmp_path):
+    """A block that is a program prints something and ends well."""
+    (tmp_path / "block.py").write_text(block)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "block.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("block", of_kind("service"))
+def test_service(block):
+    """The service answers each request with its own results."""
+    namespace: dict = {"__name__": "service"}
+    exec(compile(block, "service.py", "exec"), namespace)
+    app = namespace["app"]
+
+    async def main():
+        async with app.router.lifespan_context(app) as state:
+
+            async def with_state(scope, receive, send):
+                await app({**scope, "state": dict(state)}, receive, send)
+
+            transport = httpx.ASGITransport(with_state)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await asyncio.gather(
+                    *(client.get("/squares", params={"n": n}) for n in (3, 5))
+                )
+
+    answers = asyncio.run(main())
+    assert [answer.json() for answer in answers] == [[0, 1, 4], [0, 1, 4, 9, 16]]
+
+
+@pytest.mark.parametrize("block", of_kind("notebook"))
+@pytest.mark.filterwarnings("default")  # the kernel's own
+def test_notebook(block, tmp_path):
+    """A cell of a real notebook runs it."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(block)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}
+    nbclient.NotebookClient(notebook, timeout=120).execute(cwd=str(tmp_path))
+    assert "[0, 1, 4, 9]" in str(notebook.cells[0].outputs)
