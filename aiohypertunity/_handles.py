@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
+import anyio
+
 from ._errors import CollectTimeout
 from ._ledger import Demand, Entry, Pool
 from ._results import Result, Status
@@ -174,11 +176,14 @@ class Batch(Sequence[JobHandle[T]]):
     ) -> None:
         with contextlib.suppress(RuntimeError):
             self.cancel()
-        for entry in self._entries:
-            await _changed(entry, lambda: False)
-        for entry in self._entries:
-            if entry.pool is not None:
-                entry.pool.remove(entry)
+        try:
+            with anyio.CancelScope(shield=True):
+                for entry in self._entries:
+                    await _changed(entry, lambda: False)
+        finally:
+            for entry in self._entries:
+                if entry.pool is not None:
+                    entry.pool.remove(entry)
 
     def __repr__(self) -> str:
         n_over = sum(entry.result is not None for entry in self._entries)

@@ -29,10 +29,9 @@ from ._errors import JobCrashed, JobFailed, JobTimeout, PayloadError
 from ._events import Cancelled, Event, Finished, Queued, Retried, Started
 from ._handles import Batch, Collector, cancel_all
 from ._joblib import JoblibCallables, check_backend
-from ._jobs import Job, ScriptRef, SlurmJob, check_seconds
+from ._jobs import Job, ScriptRef, SlurmJob, check_seconds, resolve
 from ._ledger import Entry, Executor, Ledger, Pool
 from ._map import Map
-from ._payload import Unpicklable
 from ._results import Outcome, Result, Status
 from ._rundir import RunDirectory
 from ._scripts import Scripts
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _RETRIED = (JobFailed, JobCrashed, JobTimeout)
+_ANOTHER = "job.replace() makes another one like it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class Scheduler:
         self._logs = None if logs is None else Path(logs).absolute()
         self._on_exit = on_exit
         self._pool = Pool()
-        self._unfinished: dict[Entry, None] = {}
+        self._unfinished: dict[Job[Any], Entry] = {}
         self._counts: Counter[Status] = Counter()
         self._busy_seconds = 0.0
         self._n_dispatched = 0
@@ -189,10 +189,13 @@ class Scheduler:
 
         Cancelled while it waits, it cancels the jobs instead; it is done when nothing of them is left.
         """
+        await self._leave(cancel=self._on_exit == "cancel")
+
+    async def _leave(self, *, cancel: bool) -> None:
         if self._loop is None or self._is_closed:
             return
         if self._closing is None:
-            self._closing = self._loop.create_task(self._close(self._on_exit == "cancel"))
+            self._closing = self._loop.create_task(self._close(cancel))
         try:
             await asyncio.shield(self._closing)
         except asyncio.CancelledError:
@@ -205,9 +208,6 @@ class Scheduler:
 
     async def _close(self, cancel: bool) -> None:
         try:
-            for running_map in tuple(self._maps):
-                if cancel:
-                    await running_map.aclose()
             if cancel:
                 self._cancel_everything()
             while self._unfinished:
@@ -219,6 +219,8 @@ class Scheduler:
     async def _let_go(self) -> None:
         assert self._rundir is not None
         try:
+            for running_map in tuple(self._maps):
+                running_map.starve()
             if self._slurm_executor is not None:
                 await self._slurm_executor.aclose()
             await self._scripts.aclose()
@@ -231,9 +233,11 @@ class Scheduler:
                 stream.wake()
 
     def _cancel_everything(self) -> None:
+        for running_map in tuple(self._maps):
+            running_map.starve()
         # A call that a joblib backend runs can't be stopped: leaving waits for it.
         with contextlib.suppress(RuntimeError):
-            cancel_all(tuple(self._unfinished), self._cancel)
+            cancel_all(tuple(self._unfinished.values()), self._cancel)
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -244,9 +248,7 @@ class Scheduler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._on_exit = "cancel"
-        await self.aclose()
+        await self._leave(cancel=error is not None or self._on_exit == "cancel")
 
     # --- what a user asks for ----------------------------------------------------------------
 
@@ -274,6 +276,8 @@ class Scheduler:
         given: list[Job[Any]] = [jobs] if isinstance(jobs, Job) else list(jobs)
         self._check_open()
         needs = [self._check(job) for job in given]
+        if len(set(given)) < len(given):
+            raise ValueError(f"a job was given twice: {_ANOTHER}")
         packer = self._packer()
         calls = [packer.pack(job) for job in given]
         pool = Pool() if private else self._pool
@@ -304,6 +308,10 @@ class Scheduler:
                 that came before it were delivered.
         """
         self._check_open()
+        if isinstance(resolve(function), ScriptRef):
+            raise ValueError(
+                f"map is for functions, and {function!r} is a script: dispatch jobs of it"
+            )
         made: Map[T] = Map(
             function,
             inputs,
@@ -346,14 +354,15 @@ class Scheduler:
 
     def statistics(self) -> Statistics:
         """How things stand."""
-        running = [e for e in self._unfinished if e.started_at is not None and e.grant is not None]
+        unfinished = self._unfinished.values()
+        running = [e for e in unfinished if e.started_at is not None and e.grant is not None]
         now = time.time()
         busy = sum(
             (now - (e.started_at or now)) * (e.grant.cpus if e.grant else 0) for e in running
         )
-        n_running = sum(entry.status is Status.RUNNING for entry in self._unfinished)
+        n_running = sum(entry.status is Status.RUNNING for entry in unfinished)
         return Statistics(
-            n_pending=len(self._unfinished) - n_running,
+            n_pending=len(unfinished) - n_running,
             n_running=n_running,
             n_succeeded=self._counts[Status.SUCCEEDED],
             n_failed=self._counts[Status.FAILED],
@@ -389,6 +398,8 @@ class Scheduler:
     def _check(self, job: object) -> Any:
         if not isinstance(job, Job):
             raise TypeError(f"{job!r} is no Job: write Job(task=..., args=...)")
+        if job in self._unfinished:
+            raise ValueError(f"{_failures.name(job)} isn't over yet: {_ANOTHER}")
         if isinstance(job, SlurmJob):
             return None
         if isinstance(job.target, ScriptRef):
@@ -433,7 +444,8 @@ class Scheduler:
             entries.append(entry)
             self._enter(entry)
         self._pump()
-        return Batch(entries, pool, self._cancel, self._closed)
+        own = Pool() if pool is self._pool else pool
+        return Batch(entries, own, self._cancel, self._closed)
 
     def _executor(self, job: Job[Any]) -> Executor:
         if isinstance(job, SlurmJob):
@@ -454,7 +466,7 @@ class Scheduler:
         entry.seq = self._n_dispatched
         self._n_dispatched += 1
         pool.add(entry)
-        self._unfinished[entry] = None
+        self._unfinished[entry.job] = entry
         if self._streams:
             self._emit(Queued(entry.job, entry.queued_at))
         if isinstance(entry.call, PayloadError):
@@ -466,15 +478,14 @@ class Scheduler:
 
     def _dispatch_chunk(self, job: Job[Any], inputs: list[Any], pool: Pool) -> Entry:
         self._check_open()
-        assert not isinstance(job.target, ScriptRef), "map is for functions"
-        call: Call | PayloadError
-        try:
-            call = self._packer().pack_chunk(job.target, inputs)
-        except Unpicklable as error:
-            call = _failures.unreadable(job, error.part, error.reason)
-        needs = self._ledger.needs({})
         entry = Entry(
-            job, call, self._callables, needs, pool, timeout=self._timeout, queued_at=time.time()
+            job,
+            self._packer().pack_chunk(job, inputs),
+            self._callables,
+            self._ledger.needs({}),
+            pool,
+            timeout=self._timeout and self._timeout * len(inputs),
+            queued_at=time.time(),
         )
         self._enter(entry)
         self._pump()
@@ -637,7 +648,7 @@ class Scheduler:
         entry.status = outcome.status
         entry.call = entry.place = None
         self._counts[outcome.status] += 1
-        del self._unfinished[entry]
+        del self._unfinished[entry.job]
         if entry.pool is not None:
             entry.pool.ready(entry)
         if entry.waiters:
