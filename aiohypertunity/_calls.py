@@ -147,17 +147,18 @@ class Packer:
         files = function.shared + shared
         return Call(function.blob, payload, files, len(function.shared), function.script)
 
-    def pack_chunk(self, target: Callable[..., Any] | FunctionRef, inputs: list[Any]) -> Call:
-        """A call of `target` with each of `inputs`, one by one.
-
-        Raises:
-            Unpicklable: It can't be packed.
-            OSError: A large buffer can't be written.
-        """
-        function = self._function(target)
+    def pack_chunk(self, job: Job[Any], inputs: list[Any]) -> Call | PayloadError:
+        """A call of a job's function with each of `inputs`, one by one; or why there can't be one."""
+        assert not isinstance(job.target, ScriptRef)
+        function = self._function(job.target)
         if isinstance(function, _payload.Unpicklable):
-            raise function
-        payload, shared = self._pack_args(tuple(inputs), "input")
+            return _failures.unreadable(job, function.part, function.reason)
+        try:
+            payload, shared = self._pack_args(tuple(inputs), "input")
+        except _payload.Unpicklable as error:
+            return _failures.unreadable(job, error.part, error.reason)
+        except OSError as error:
+            return _failures.unreadable(job, "the inputs", _no_room(error))
         files = function.shared + shared
         return Call(
             function.blob, payload, files, len(function.shared), function.script, chunk=True

@@ -162,14 +162,7 @@ class Job(Generic[T]):
         meta = self.meta or {}
         if callable(self.task):
             _check_signature(self.task, self.args)
-            target: Callable[..., T] | FunctionRef | ScriptRef = self.task
-        elif isinstance(self.task, str | os.PathLike):
-            target = _resolve(os.fspath(self.task), meta.get("binary"))
-        else:
-            raise TypeError(
-                f"task={self.task!r}: must be a callable, 'script.py:function', "
-                "'package.module:function' or the path of a script"
-            )
+        target = resolve(self.task, meta.get("binary"))
         if not isinstance(target, ScriptRef):
             for key in ("binary", "output"):
                 if key in meta and not self._keys_for_callables() >= {key}:
@@ -185,7 +178,9 @@ class Job(Generic[T]):
             raise ValueError(f"meta['output']={meta['output']!r}: can only be 'env'")
         program = _binary(meta.get("binary"))[:1]
         if program and shutil.which(program[0]) is None:
-            raise ValueError(f"meta['binary']={meta['binary']!r}: there is no program {program[0]!r}")
+            raise ValueError(
+                f"meta['binary']={meta['binary']!r}: there is no program {program[0]!r}"
+            )
         _check_local_resources(meta.get("resources", {}))
 
     def _register(self) -> None:
@@ -382,6 +377,25 @@ def _signature(function: Callable[..., Any]) -> _Signature | None:
     with contextlib.suppress(TypeError):
         _signatures[function] = signature
     return signature
+
+
+def resolve(
+    task: Callable[..., T] | str | os.PathLike[str], binary: object = None
+) -> Callable[..., T] | FunctionRef | ScriptRef:
+    """Tells apart what a task is.
+
+    Raises:
+        TypeError: It is none of the three.
+        ValueError: It names something that isn't there.
+    """
+    if callable(task):
+        return task
+    if not isinstance(task, str | os.PathLike):
+        raise TypeError(
+            f"task={task!r}: must be a callable, 'script.py:function', 'package.module:function' or "
+            "the path of a script"
+        )
+    return _resolve(os.fspath(task), binary)
 
 
 def _resolve(task: str, binary: object) -> FunctionRef | ScriptRef:

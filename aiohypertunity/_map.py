@@ -13,6 +13,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from . import _failures
+from ._errors import JobCancelled
 from ._jobs import Job
 from ._ledger import Entry, Pool
 
@@ -100,6 +101,11 @@ class Map(Generic[R]):
         for entry in self._pool.unfinished():
             self._cancel(entry)
 
+    def starve(self) -> None:
+        """The scheduler closes: takes no more inputs, and says so where the values end."""
+        if self._feeder is not None and not self._feeder.done():
+            self._feeder.cancel()
+
     async def _refill(self) -> None:
         if self._over:
             raise StopAsyncIteration
@@ -115,6 +121,8 @@ class Map(Generic[R]):
                 self._deliver(entry)
             elif self._feeder.done() and not len(self._pool):
                 self._over = True
+                if self._feeder.cancelled():
+                    raise JobCancelled("the scheduler closed before map had taken all its inputs")
                 self._feeder.result()
                 raise StopAsyncIteration
             else:

@@ -309,9 +309,8 @@ class Scheduler:
         """
         self._check_open()
         if isinstance(resolve(function), ScriptRef):
-            raise ValueError(
-                f"map is for functions, and {function!r} is a script: dispatch jobs of it"
-            )
+            message = f"map is for functions, and {function!r} is a script: dispatch jobs of it"
+            raise ValueError(message)  # noqa: TRY004 - it is of the right type
         made: Map[T] = Map(
             function,
             inputs,

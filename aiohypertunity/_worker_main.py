@@ -239,10 +239,10 @@ class Worker:
         self._answer(number, started, *reply, tails)
 
     def _prepared(self, number: int, extras: Extras) -> Callable[..., Any]:
-        if extras.cwd is not None:
-            os.chdir(extras.cwd)
         function = self._function(number)
-        return _Chunk(function) if extras.chunk else function
+        if extras.chunk:
+            return _Chunk(function)
+        return function if extras.cwd is None else _In(extras.cwd, function)
 
     def _answer(
         self,
@@ -279,6 +279,18 @@ def _arguments(extras: Extras, body: memoryview) -> Any:
         with open(extras.path, "rb") as file:
             return _payload.loads(file.read(), extras.files)
     return _payload.loads(extras.payload or b"", extras.files)
+
+
+class _In:
+    """Calls a function in a directory. If that is gone by now, it is the call that fails."""
+
+    def __init__(self, cwd: str, function: Callable[..., Any]) -> None:
+        self._cwd = cwd
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        os.chdir(self._cwd)
+        return self._function(*args, **kwargs)
 
 
 class _Chunk:
