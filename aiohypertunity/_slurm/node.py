@@ -1,0 +1,155 @@
+"""What runs on a compute node for a callable: finds its call, runs it, leaves the result.
+
+Nodes get this file as source, with `spool` and `_payload`, and need nothing else but cloudpickle.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from .. import _payload
+from . import spool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def main(directory: str, index: str, key: str) -> None:
+    """Runs the call of an element, and ends the process.
+
+    Args:
+        directory: Of the submission.
+        index: Of the element.
+        key: The path that the names of its files begin with.
+    """
+    started = time.time()
+    os.setsid()  # what it starts can be ended with it
+    threading.Thread(target=_guard, args=(os.getppid(),), daemon=True).start()
+    faulthandler.enable()
+    for stream in (sys.stdout, sys.stderr):
+        # Line by line, so that the last words of a process that is killed are there to be read.
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    kind, blob, files = _run(directory, int(index), _Buffers(directory, os.path.basename(key)))
+    code = 0 if kind == _payload.VALUE else 1
+    facts = _facts(started)
+    sizes = tuple((name, os.path.getsize(f"{directory}/{name}")) for name in files)
+    try:
+        pieces = spool.format_result(spool.Reply(kind, blob, sizes, facts))
+        spool.write_whole(f"{key}.result", f"{directory}/new.{os.path.basename(key)}", pieces)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"aiohypertunity: the result can't be written: {error}\n")
+        code = spool.SPOOL_FAILED
+    _exit(code)
+
+
+def _guard(parent: int) -> None:
+    """Ends this process and what it started when the batch shell was killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
+class _Buffers:
+    """Stores the large buffers of a result beside it."""
+
+    def __init__(self, directory: str, key: str) -> None:
+        self._directory = directory
+        self._key = key
+        self._n_written = 0
+
+    def __call__(self, buffer: memoryview) -> str:
+        name = f"buffer.{self._key}.{self._n_written}"
+        self._n_written += 1
+        path = f"{self._directory}/{name}"
+        spool.write_whole(path, f"{path}.tmp", [buffer])  # type: ignore[list-item]  # is bytes to it
+        return name
+
+
+def _run(directory: str, index: int, write: _Buffers) -> tuple[bytes, bytes, list[str]]:
+    try:
+        call, surroundings = spool.read_call(directory, index)
+    except (OSError, spool.BadFile) as error:
+        return _payload.unreadable("the call", error)
+    sys.path += [path for path in surroundings["sys_path"] if path not in sys.path]
+
+    def get_function() -> Callable[..., Any]:
+        _check_python(call.function, surroundings["python"])
+        with _explained():
+            return _payload.load_function(call.function, call.function_files)
+
+    def get_args() -> Any:
+        payload = call.payload
+        if isinstance(payload, str):
+            payload = _payload.map_file(payload)[:]
+        with _explained():
+            return _payload.loads(payload, call.files)
+
+    return _payload.run(get_function, get_args, write)
+
+
+def _check_python(function: bytes, theirs: list[int]) -> None:
+    """Refuses bytecode of another Python: it would crash, or do something else.
+
+    Raises:
+        RuntimeError: The function carries its code, and it isn't for this Python.
+    """
+    if list(sys.version_info[:2]) != theirs and b"CodeType" in function:
+        raise RuntimeError(
+            f"it was packed by Python {theirs[0]}.{theirs[1]}, and {sys.executable} on {_host()} is "
+            f"{sys.version_info[0]}.{sys.version_info[1]}: name one of the same version by "
+            "Slurm(python=...), or put the function in a module or script there ('module:function')"
+        )
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says of a module that is missing here how to send it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name == "cloudpickle":
+            hint = "install it there, or name a Python that has it by Slurm(python=...)"
+        else:
+            hint = (
+                "install it there, put it on a disk that the nodes share, or send it along: "
+                f"cloudpickle.register_pickle_by_value({error.name})"
+            )
+        words = f"{sys.executable} on {_host()} has no module {error.name!r}: {hint}"
+        raise ModuleNotFoundError(words, name=error.name) from error
+
+
+def _host() -> str:
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def _facts(started: float) -> dict[str, Any]:
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "host": _host(),
+        "pid": os.getpid(),
+        "started": started,
+        "finished": time.time(),
+        "max_rss": max(one.ru_maxrss for one in usage) * unit,
+        "python": sys.version.split()[0],
+    }
+
+
+def _exit(code: int) -> None:
+    # The usual way waits for threads that the job left, and takes the interpreter apart.
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()  # noqa: SLF001 - as multiprocessing and forkserver do
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)

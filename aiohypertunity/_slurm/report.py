@@ -1,0 +1,233 @@
+"""A verdict as an outcome: the error says what happened, in Slurm's words too, and what to do next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import _failures
+from .._errors import (
+    JobCancelled,
+    JobCrashed,
+    JobError,
+    JobFailed,
+    JobTimeout,
+    NodeFailed,
+    OutOfMemory,
+    ResultLost,
+    SubmitError,
+    TransportError,
+)
+from .._results import Outcome, Status
+from .text import ENDED, seconds
+from .verdict import Fate
+
+if TYPE_CHECKING:
+    from .._jobs import Job
+    from .text import Accounted, Sign
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What is known of an element's end.
+
+    Attributes:
+        slurm_id: Slurm's id of it, as squeue prints it.
+        node: Where it ran, or "".
+        state: Slurm's last word on it, or "".
+        reason: Why it's in that state, in Slurm's words, or "".
+        end: Its shell's last word.
+        elapsed: Seconds that it ran, by its shell.
+        account: What the accounting says.
+        log: The end of what it wrote.
+        timeout: Seconds that it might run by our count.
+        lost: Why there's no readable result.
+        started: Whether it ever began to run.
+        is_script: Whether it's a script.
+    """
+
+    slurm_id: str | None = None
+    node: str = ""
+    state: str = ""
+    reason: str = ""
+    end: Sign | None = None
+    elapsed: float | None = None
+    account: Accounted | None = None
+    log: str = ""
+    timeout: float | None = None
+    lost: str = "none was there"
+    started: bool = False
+    is_script: bool = False
+
+    @property
+    def code(self) -> int | None:
+        """What its process exited with, as a shell has it."""
+        if self.end is not None:
+            return self.end.code
+        if self.account is not None and self.account.exit_code:
+            return self.account.exit_code
+        return None
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that killed it."""
+        if self.end is not None:
+            return self.end.code - 128 if self.end.code > 128 else None
+        return self.account.signal or None if self.account is not None else None
+
+
+def report(job: Job[Any], fate: Fate, ending: Ending) -> Outcome:
+    """The outcome of a job that met this fate; for any but `WAIT` and `READ`."""
+    if fate is Fate.CANCELLED_OUTSIDE and _reached_limit(job, ending):
+        # Nobody was left to ask, but the clock tells.
+        fate = Fate.SLURM_LIMIT
+    status, error = _ERRORS[fate](job, ending)
+    # 128 and more is how a shell says it of a signal.
+    code = ending.code if ending.signal is None else None
+    return Outcome(
+        status,
+        error=error,
+        exit_code=code,
+        signal=ending.signal,
+        host=ending.node or None,
+        slurm_id=ending.slurm_id,
+        stdout=ending.log,
+        max_rss=ending.account.max_rss if ending.account else None,
+    )
+
+
+def refused(error: SubmitError | TransportError) -> Outcome:
+    """The outcome of a job that can't be brought to Slurm."""
+    return Outcome(Status.FAILED, error=error)
+
+
+def waited_too_long(job: Job[Any], reason: str, slurm_id: str | None) -> Outcome:
+    """The outcome of a job whose turn didn't come within its `queue_timeout`."""
+    limit = getattr(job, "queue_timeout", None) or 0.0
+    why = f" (Slurm says: {reason})" if reason else ""
+    message = (
+        f"{_failures.name(job)} waited for its turn longer than its queue_timeout of {limit:g} s, "
+        f"never started, and was taken out of the queue{why}"
+    )
+    return Outcome(Status.TIMED_OUT, error=JobTimeout(message, job=job), slurm_id=slurm_id)
+
+
+def _reached_limit(job: Job[Any], ending: Ending) -> bool:
+    limit = seconds(str((job.meta or {}).get("resources", {}).get("time", "")))
+    return limit is not None and ending.elapsed is not None and ending.elapsed >= limit - 1
+
+
+def _where(job: Job[Any], ending: Ending) -> str:
+    node = f" on {ending.node}" if ending.node else ""
+    return f"{_failures.name(job)} (Slurm job {ending.slurm_id}{node})"
+
+
+def _words(ending: Ending) -> str:
+    state = ending.account.state if ending.account else ending.state
+    # What it said before the end is no news.
+    said = f"; Slurm says {state}" if state in ENDED else ""
+    if said and ending.reason:
+        said += f" ({ending.reason})"
+    return said + _failures.last_lines(ending.log)
+
+
+def _exited(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    if not ending.is_script:
+        return _crashed(job, ending)
+    message = f"{_where(job, ending)} exited with code {ending.code}{_words(ending)}"
+    return Status.FAILED, JobFailed(message, job=job, exit_code=ending.code)
+
+
+def _crashed(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    signal = ending.signal
+    if signal:
+        how = f"was killed by {_failures.signal_name(signal)}"
+    elif ending.code is not None:
+        how = f"exited with code {ending.code}"
+    elif ending.started:
+        how = "was killed together with its batch shell, which left no word of it"
+    else:
+        how = "couldn't be started (does its node see the spool directory?)"
+    message = f"the process of {_where(job, ending)} {how}{_words(ending)}"
+    return Status.CRASHED, JobCrashed(message, job=job, exit_code=ending.code, signal=signal)
+
+
+def _our_limit(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    message = f"{_where(job, ending)} ran longer than its timeout of {ending.timeout or 0:g} s and was ended"
+    return Status.TIMED_OUT, JobTimeout(message + _failures.last_lines(ending.log), job=job)
+
+
+def _slurm_limit(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    asked = (job.meta or {}).get("resources", {}).get("time")
+    limit = f"its time limit ({asked})" if asked else "the time limit of its partition"
+    message = (
+        f"{_where(job, ending)} ran longer than {limit}, and Slurm ended it: ask for more by "
+        f"meta={{'resources': {{'time': ...}}}}{_words(ending)}"
+    )
+    return Status.TIMED_OUT, JobTimeout(message, job=job)
+
+
+def _memory(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    asked = (job.meta or {}).get("resources", {}).get("memory")
+    had = f"the {asked} that it asked for" if asked else "what a job gets that asks for none"
+    used = ending.account.max_rss if ending.account else None
+    most = f" (it was seen to use {used / (1 << 20):.0f} MiB)" if used else ""
+    message = (
+        f"{_where(job, ending)} was killed for using more memory than {had}{most}: ask for more by "
+        f"meta={{'resources': {{'memory': ...}}}}{_words(ending)}"
+    )
+    error = OutOfMemory(message, job=job, exit_code=ending.code, signal=ending.signal)
+    return Status.CRASHED, error
+
+
+def _node(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    message = f"Slurm lost the node of {_where(job, ending)}: retries=1 would run it again{_words(ending)}"
+    return Status.CRASHED, NodeFailed(message, job=job)
+
+
+def _preempted(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    message = (
+        f"{_where(job, ending)} had to make room for another and wasn't queued again: retries=1 would "
+        f"run it again{_words(ending)}"
+    )
+    return Status.CRASHED, JobCrashed(message, job=job)
+
+
+def _cancelled(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    return Status.CANCELLED, _failures.cancelled(job, started=ending.started)
+
+
+def _cancelled_outside(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    when = "while it ran" if ending.started else "before it ran"
+    message = f"{_where(job, ending)} was cancelled {when}, and not by this scheduler{_words(ending)}"
+    return Status.CANCELLED, JobCancelled(message, job=job)
+
+
+def _never(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    message = (
+        f"{_where(job, ending)} never started, and Slurm doesn't know it any more: it was cancelled "
+        "by somebody, or slurmctld lost its state. Dispatch it again"
+    )
+    return Status.CANCELLED, JobCancelled(message, job=job)
+
+
+def _lost(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    message = (
+        f"{_where(job, ending)} ended, but left no readable result: {ending.lost}{_words(ending)}"
+    )
+    return Status.FAILED, ResultLost(message, job=job)
+
+
+_ERRORS = {
+    Fate.EXITED: _exited,
+    Fate.CRASHED: _crashed,
+    Fate.OUR_LIMIT: _our_limit,
+    Fate.SLURM_LIMIT: _slurm_limit,
+    Fate.MEMORY: _memory,
+    Fate.NODE: _node,
+    Fate.PREEMPTED: _preempted,
+    Fate.CANCELLED: _cancelled,
+    Fate.CANCELLED_OUTSIDE: _cancelled_outside,
+    Fate.NEVER: _never,
+    Fate.LOST: _lost,
+}

@@ -1,0 +1,286 @@
+"""How commands and files get to where `sbatch` is: `Transport`, and `LocalShell`, this machine.
+
+A transport runs lines of POSIX shell on one host, and moves files to and from one directory tree there.
+Nothing above it knows whether that host is this one. All paths are absolute paths of that host.
+
+What fails in the moving (a link, a disk, a missing shell) is a `TransportError`. What a command says of
+itself is in `Done`. An error of the link says nothing about whether the command ran.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+
+from ._errors import TransportError
+from ._threads import in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from ._events import Event
+    from ._slurm import Slurm
+
+Content: TypeAlias = "bytes | Path"
+"""What a file is to hold: these bytes, or what this local file holds."""
+
+
+class LinkLost(TransportError):
+    """The link is down, and may come up again: nobody knows what became of a command under way."""
+
+
+class Done(NamedTuple):
+    """A command that came to its end.
+
+    Attributes:
+        exit_status: Its exit code, negative for a signal; None if nobody knows.
+    """
+
+    exit_status: int | None
+    stdout: str
+    stderr: str
+
+
+class Wanted(NamedTuple):
+    """A file to read.
+
+    Attributes:
+        last: Only the last so many bytes of it; None for all.
+    """
+
+    path: str
+    last: int | None = None
+
+
+class Lines(Protocol):
+    """A command that runs on, and says something now and then."""
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        """Its lines, until it ends."""
+        ...
+
+    def send(self, line: str) -> None:
+        """Writes a line to its stdin, sooner or later; does nothing if it has ended."""
+
+
+class Transport(Protocol):
+    """A shell, and a file system, on some host."""
+
+    @property
+    def host(self) -> str | None:
+        """The host's name; None for this machine."""
+
+    async def run(self, command: str, *, stdin: str = "", timeout: float) -> Done:
+        """Runs a command line.
+
+        Args:
+            command: For a POSIX shell.
+            stdin: What it reads.
+            timeout: Seconds after which it is ended.
+
+        Raises:
+            TimeoutError: It took longer, and has been ended.
+            LinkLost: It may have run, or not.
+            TransportError: It can't be run.
+        """
+        ...
+
+    async def put(self, files: Mapping[str, Content]) -> None:
+        """Writes files, mode 0600, over what may be there; makes missing directories, mode 0700.
+
+        Raises:
+            LinkLost: Some may be there; putting them again is harmless.
+            TransportError: They can't all be written: the disk is full, say.
+        """
+
+    async def get(self, files: Sequence[Wanted]) -> list[bytes | None]:
+        """Reads files; None for each that isn't there.
+
+        Raises:
+            LinkLost: Some couldn't be read now.
+            TransportError: They can't all be read.
+        """
+        ...
+
+    async def fetch(self, path: str) -> str:
+        """Brings a large file here, and says where it is: its own path, if it is here already.
+
+        The caller removes it.
+
+        Raises:
+            LinkLost: It couldn't be brought now; what came so far needn't come again.
+            TransportError: It can't be brought.
+        """
+        ...
+
+    def watch(self, command: str) -> AbstractAsyncContextManager[Lines]:
+        """Runs a command for as long as the `with` lasts.
+
+        Raises:
+            LinkLost: It couldn't be started, or (from the iteration) the link failed.
+            TransportError: It can't be started.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Lets go of the link."""
+
+
+class LocalShell:
+    """This machine, by /bin/sh."""
+
+    host = None
+
+    async def run(self, command: str, *, stdin: str = "", timeout: float) -> Done:
+        """As `Transport.run`."""
+        process = await _start(command)
+        try:
+            async with asyncio.timeout(timeout):
+                stdout, stderr = await process.communicate(stdin.encode())
+        finally:
+            await _end(process)
+        assert process.returncode is not None
+        return Done(
+            process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace")
+        )
+
+    async def put(self, files: Mapping[str, Content]) -> None:
+        """As `Transport.put`."""
+        try:
+            await in_thread(_write_all, files)
+        except OSError as error:
+            raise TransportError(f"can't write {error.filename}: {error.strerror}") from error
+
+    async def get(self, files: Sequence[Wanted]) -> list[bytes | None]:
+        """As `Transport.get`."""
+        try:
+            return await in_thread(_read_all, files)
+        except OSError as error:
+            raise TransportError(f"can't read {error.filename}: {error.strerror}") from error
+
+    async def fetch(self, path: str) -> str:
+        """As `Transport.fetch`."""
+        return path
+
+    @asynccontextmanager
+    async def watch(self, command: str) -> AsyncIterator[Lines]:
+        """As `Transport.watch`."""
+        process = await _start(command)
+        try:
+            yield _LocalLines(process)
+        finally:
+            await _end(process)
+
+    async def aclose(self) -> None:
+        """As `Transport.aclose`."""
+
+
+class _LocalLines:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        stdout = self._process.stdout
+        assert stdout is not None
+        while line := await stdout.readline():
+            yield line.decode(errors="replace").rstrip("\n")
+
+    def send(self, line: str) -> None:
+        stdin = self._process.stdin
+        assert stdin is not None
+        if not stdin.is_closing():
+            stdin.write(f"{line}\n".encode())
+
+
+_LONGEST_LINE = 1 << 22
+
+
+async def _start(command: str) -> asyncio.subprocess.Process:
+    try:
+        return await asyncio.create_subprocess_exec(
+            "/bin/sh",
+            "-c",
+            command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_LONGEST_LINE,
+            env=_environment(),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise TransportError(f"can't start /bin/sh: {error}") from error
+
+
+def _environment() -> dict[str, str]:
+    """Ours, less what Slurm gave us if we are a job ourselves: sbatch would take it for options."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_", "SLURMD_"))
+    }
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # Shielded: a zombie, and a transport that outlives its loop, would be left.
+        await asyncio.shield(asyncio.ensure_future(process.wait()))
+    process._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001 - else the pipes wait for the garbage collector
+
+
+def transport_to(slurm: Slurm, emit: Callable[[Event], None]) -> Transport:  # noqa: ARG001 - a local link has none
+    """The way to a cluster.
+
+    Args:
+        slurm: The cluster.
+        emit: Takes `LinkDown` and `LinkUp`.
+    """
+    if slurm.host is not None:
+        raise NotImplementedError
+    return LocalShell()
+
+
+def _write_all(files: Mapping[str, Content]) -> None:
+    for path, content in files.items():
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            if isinstance(content, Path):
+                _copy(content, path)
+            else:
+                with open(path, "wb", opener=_private) as file:
+                    file.write(content)
+        except OSError as error:
+            # What is written to has no name in the error, but it's the one that matters.
+            error.filename = error.filename or path
+            raise
+
+
+def _copy(source: Path, path: str) -> None:
+    with source.open("rb") as from_file, open(path, "wb", opener=_private) as to_file:
+        shutil.copyfileobj(from_file, to_file, 1 << 20)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _read_all(files: Sequence[Wanted]) -> list[bytes | None]:
+    return [_read(wanted) for wanted in files]
+
+
+def _read(wanted: Wanted) -> bytes | None:
+    try:
+        with open(wanted.path, "rb") as file:
+            if wanted.last is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - wanted.last))
+            return file.read()
+    except FileNotFoundError:
+        return None
