@@ -118,7 +118,7 @@ class Packer:
     def __init__(self, write: Callable[[memoryview], str] | None) -> None:
         self._store = write
         self._functions: dict[int, _Function | _payload.Unpicklable] = {}
-        self._refs: dict[FunctionRef, _Function] = {}
+        self._refs: dict[FunctionRef, _Function | _payload.Unpicklable] = {}
         self._buffers: dict[tuple[int, int], tuple[SharedFile, object]] = {}
         self._written: list[SharedFile] = []
 
@@ -215,9 +215,12 @@ def _no_room(error: OSError) -> str:
     return f"{error}: free some space, or set TMPDIR to a directory that has it"
 
 
-def _named_function(target: FunctionRef) -> _Function:
+def _named_function(target: FunctionRef) -> _Function | _payload.Unpicklable:
     blob = _payload.name_function(target.name, path=target.path, module=target.module)
-    return _Function(blob, script=_content(target.path) if target.path else None)
+    try:
+        return _Function(blob, script=_content(target.path) if target.path else None)
+    except OSError as error:  # it was there when the job was made
+        return _payload.Unpicklable("the function", f"{target.path}: {error}")
 
 
 def _content(path: str) -> ScriptKey:

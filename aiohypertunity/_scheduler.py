@@ -497,7 +497,8 @@ class Scheduler:
                 try:
                     entry.log_path = _make_log_directory(self._logs, entry.job.id)
                 except OSError as error:
-                    self.finished(entry, Outcome(Status.FAILED, error=_unlogged(entry.job, error)))
+                    unlogged = _unlogged(entry.job, error)
+                    self._end_attempt(entry, Outcome(Status.FAILED, error=unlogged))
                     continue
             entry.executor.start(entry)
 
@@ -530,22 +531,7 @@ class Scheduler:
 
     def finished(self, entry: Entry, outcome: Outcome) -> None:
         """See `_ledger.Owner`."""
-        if entry.timer is not None:
-            entry.timer.cancel()
-            entry.timer = None
-        if outcome.started_at is None:
-            outcome.started_at = entry.started_at
-        elif entry.started_at is None:
-            self._note_start(entry, outcome.started_at)
-        finished_at = outcome.finished_at or time.time()
-        if entry.needs is not None and outcome.started_at is not None:
-            self._busy_seconds += (finished_at - outcome.started_at) * entry.needs.cpus
-        self._ledger.release(entry)
-        if outcome.status is not Status.SUCCEEDED:
-            self._see_why(entry, outcome)
-            if self._try_again(entry, outcome, finished_at):
-                return
-        self._settle(entry, outcome, finished_at)
+        self._end_attempt(entry, outcome)
         self._pump()
 
     def ahead(self, entry: Entry, fits: Callable[[Entry], bool]) -> Entry | None:
@@ -571,6 +557,24 @@ class Scheduler:
         self._pump()
 
     # --- what follows from it ------------------------------------------------------------------
+
+    def _end_attempt(self, entry: Entry, outcome: Outcome) -> None:
+        if entry.timer is not None:
+            entry.timer.cancel()
+            entry.timer = None
+        if outcome.started_at is None:
+            outcome.started_at = entry.started_at
+        elif entry.started_at is None:
+            self._note_start(entry, outcome.started_at)
+        finished_at = outcome.finished_at or time.time()
+        if entry.needs is not None and outcome.started_at is not None:
+            self._busy_seconds += (finished_at - outcome.started_at) * entry.needs.cpus
+        self._ledger.release(entry)
+        if outcome.status is not Status.SUCCEEDED:
+            self._see_why(entry, outcome)
+            if self._try_again(entry, outcome, finished_at):
+                return
+        self._settle(entry, outcome, finished_at)
 
     def _note_start(self, entry: Entry, at: float, attempt: int | None = None) -> None:
         entry.attempt = attempt or entry.attempt + 1
@@ -633,7 +637,6 @@ class Scheduler:
             entry.executor.start(entry)
         else:
             self._ledger.wait_again([entry])
-            self._pump()
         return True
 
     def _settle(self, entry: Entry, outcome: Outcome, at: float) -> None:

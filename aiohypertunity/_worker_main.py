@@ -90,21 +90,42 @@ class Streams:
         self._libc = ctypes.CDLL(None)
         self._from = [0, 0]
         self._attach(self._files)
-        for stream in (sys.stdout, sys.stderr):
-            # Line by line, so that the last words of a process that is killed are there to be read.
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+        self._open()
+
+    def _open(self) -> None:
+        # Line by line, so that the last words of a process that is killed are there to be read.
+        self._python = [
+            open(number, "w", buffering=1, errors="backslashreplace", closefd=False)
+            for number in (1, 2)
+        ]
+        sys.stdout, sys.stderr = self._python
 
     def _attach(self, files: list[int]) -> None:
         self._current = files
+        self._inodes = [os.fstat(file).st_ino for file in files]
         os.dup2(files[0], 1)
         os.dup2(files[1], 2)
+
+    def _sizes(self) -> list[int]:
+        """How much there is; whatever a call before has done to the streams is undone."""
+        try:
+            stats = os.fstat(1), os.fstat(2)
+        except OSError:
+            stats = None
+        if stats is None or [stat.st_ino for stat in stats] != self._inodes:
+            self._attach(self._current)
+            stats = os.fstat(1), os.fstat(2)
+        if any(stream.closed for stream in self._python):
+            self._open()
+        sys.stdout, sys.stderr = self._python
+        return [stat.st_size for stat in stats]
 
     def begin(self, logs: tuple[str, str] | None) -> list[int]:
         """A call starts: what is written from now on is its own. Says from where in the files."""
         if logs is not None:
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
             self._attach([os.open(path, flags, 0o666) for path in logs])
-        sizes = [os.fstat(file).st_size for file in self._current]
+        sizes = self._sizes()
         if max(sizes) > _TRIM and logs is None:
             for file in self._files:
                 os.ftruncate(file, 0)

@@ -95,3 +95,161 @@ def spawn_grandchild(path: str, *, own_session: bool) -> NoReturn:
 
 def script_value() -> str:
     return "from tasks"
+
+
+# What a job may do to its process, and what it may start in it.
+
+
+def wreck_surroundings(directory: str) -> int:
+    """Changes directory, environment, signal handlers and the alarm; says in which process."""
+    os.chdir(directory)
+    os.environ["WRECKED"] = "1"
+    os.environ.pop("HOME", None)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(99))
+    signal.alarm(1)
+    return os.getpid()
+
+
+def surroundings() -> dict[str, Any]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    return {
+        "pid": os.getpid(),
+        "cwd": os.getcwd(),
+        "wrecked": os.environ.get("WRECKED"),
+        "home": os.environ.get("HOME"),
+        "handlers": [str(signal.getsignal(number)) for number in numbers],
+        "alarm": signal.alarm(0),
+    }
+
+
+def print_from_everywhere(word: str) -> None:
+    """Writes to both streams from Python, from C and from a child."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    print(f"python {word}")
+    print(f"python err {word}", file=sys.stderr)
+    libc.printf(f"c {word}\n".encode())
+    libc.fflush(None)
+    os.write(2, f"descriptor {word}\n".encode())
+    subprocess.run(["sh", "-c", f"echo child {word}"], check=True)
+
+
+def print_much(n_bytes: int) -> None:
+    line = b"x" * 1023 + b"\n"
+    for _ in range(n_bytes // 1024 // 64):
+        os.write(1, line * 64)
+    os.write(1, b"the end\n")
+
+
+def close_streams() -> None:
+    sys.stdout.close()
+    os.close(2)
+
+
+def environ(*names: str) -> list[str | None]:
+    return [os.environ.get(name) for name in names]
+
+
+def start_process() -> int:
+    import multiprocessing
+
+    queue = multiprocessing.Queue()
+    process = multiprocessing.Process(target=queue.put, args=(41,))
+    process.start()
+    value = queue.get()
+    process.join()
+    return int(value) + 1
+
+
+def start_pool() -> list[float]:
+    import multiprocessing
+
+    with multiprocessing.Pool(2) as pool:
+        return pool.map(double, [1, 2, 3])
+
+
+def start_executor() -> list[float]:
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(2) as executor:
+        return list(executor.map(double, [1, 2, 3]))
+
+
+def start_joblib() -> list[float]:
+    import joblib
+
+    return list(joblib.Parallel(n_jobs=2)(joblib.delayed(double)(x) for x in (1, 2, 3)))
+
+
+def start_joblib_and_leave_it() -> int:
+    start_joblib()
+    return os.getpid()
+
+
+def start_endless_thread() -> int:
+    import threading
+
+    threading.Thread(target=forever).start()
+    return os.getpid()
+
+
+def fill_memory() -> NoReturn:
+    hoard = []
+    while True:
+        hoard.append(bytearray(os.urandom(1)) * (4 << 20))
+
+
+def join_cgroup_and(then: Any, cgroup: str) -> Any:
+    (Path(cgroup) / "cgroup.procs").write_text(str(os.getpid()))
+    return then()
+
+
+class Unloadable:
+    """Pickles, but raises when it's read."""
+
+    def __init__(self, kind: type[BaseException] = ValueError) -> None:
+        self.kind = kind
+
+    def __reduce__(self) -> Any:
+        return _raise, (self.kind,)
+
+
+def _raise(kind: type[BaseException]) -> NoReturn:
+    raise kind("while unpickling")
+
+
+class DiesUnpickled:
+    """Pickles, and takes down whoever reads it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (11,)
+
+
+class Awkward(Exception):
+    """Pickles, but doesn't come back: its arguments aren't those that it was made of."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__("awkward")
+
+
+def raise_awkward() -> NoReturn:
+    raise Awkward(1, 2)
+
+
+def raise_lock() -> NoReturn:
+    import threading
+
+    raise ValueError(threading.Lock())
+
+
+def return_lock() -> Any:
+    import threading
+
+    return {"lock": threading.Lock()}
+
+
+def return_unloadable(kind: type[BaseException] = ValueError) -> Any:
+    return Unloadable(kind)
