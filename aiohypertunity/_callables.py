@@ -153,7 +153,7 @@ class IsolatedCallables:
 
     def _worker_for(self, key: _Key) -> WorkerProcess:
         for index in range(len(self._idle) - 1, -1, -1):
-            if self._idle[index].key == key:
+            if self._idle[index].key == key and self._idle[index].is_current:
                 return self._idle.pop(index)
         fresh = key.script is not None and self._unused(key._replace(script=None))
         if fresh:
@@ -165,9 +165,7 @@ class IsolatedCallables:
         return self._spawn(key)
 
     def _unused(self, key: _Key) -> WorkerProcess | None:
-        return next(
-            (worker for worker in self._idle if not worker.used and worker.key == key), None
-        )
+        return next((w for w in self._idle if not w.used and w.key == key and w.is_current), None)
 
     def _spawn(self, key: _Key) -> WorkerProcess:
         env = {**os.environ, **self._thread_limits(1), **dict(key.env)}
@@ -286,7 +284,7 @@ class IsolatedCallables:
         call: Call = entry.call
         first: Entry = worker.calls[0]
         same_env = (entry.job.env or {}) == (first.job.env or {})
-        return same_env and call.script == first.call.script
+        return same_env and call.script == first.call.script and worker.is_current
 
     def _on_death(self, worker: WorkerProcess, death: Death) -> None:
         self._workers.remove(worker)

@@ -37,35 +37,47 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
+@dataclass(frozen=True, slots=True)
+class PackedFunction:
+    """A function as the calls of a dispatch share it.
+
+    Attributes:
+        blob: The function blob.
+        shared: The files of its large buffers.
+        script: Identity and content of the script that it is taken from; None if it isn't.
+    """
+
+    blob: bytes
+    shared: tuple[SharedFile, ...] = ()
+    script: ScriptKey | None = None
+
+
 class Call:
     """A packed call of a callable.
 
     Attributes:
-        function: The function blob, one object for all calls of a dispatch.
+        packed: The function.
         payload: The pickled arguments; or, if they are long, the file they are in.
-        shared: The files of the function's and the arguments' large buffers, kept while this lives.
-        n_function_files: How many of them are the function's; they come first.
-        script: Identity and content of the script that the function is taken from; None if it isn't.
+        shared: The files of their large buffers, which last as long as this does.
+        cwd: The directory to run in; None if that of the dispatch is gone.
         chunk: Whether the arguments are a chunk of single ones.
     """
 
-    __slots__ = ("chunk", "function", "n_function_files", "payload", "script", "shared")
+    __slots__ = ("chunk", "cwd", "packed", "payload", "shared")
 
     def __init__(
         self,
-        function: bytes,
+        packed: PackedFunction,
         payload: bytes | SharedFile,
-        shared: tuple[SharedFile, ...] = (),
-        n_function_files: int = 0,
-        script: ScriptKey | None = None,
+        shared: tuple[SharedFile, ...],
+        cwd: str | None,
         *,
         chunk: bool = False,
     ) -> None:
-        self.function = function
+        self.packed = packed
         self.payload = payload
         self.shared = shared
-        self.n_function_files = n_function_files
-        self.script = script
+        self.cwd = cwd
         self.chunk = chunk
 
     def read_payload(self) -> bytes:
@@ -75,14 +87,24 @@ class Call:
         return Path(self.payload.path).read_bytes()
 
     @property
+    def function(self) -> bytes:
+        """The function blob."""
+        return self.packed.blob
+
+    @property
+    def script(self) -> ScriptKey | None:
+        """Identity and content of the script that the function is taken from; None if it isn't."""
+        return self.packed.script
+
+    @property
     def function_files(self) -> list[str]:
         """The files of the function's large buffers."""
-        return [file.path for file in self.shared[: self.n_function_files]]
+        return [file.path for file in self.packed.shared]
 
     @property
     def files(self) -> list[str]:
         """The files of the arguments' large buffers."""
-        return [file.path for file in self.shared[self.n_function_files :]]
+        return [file.path for file in self.shared]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +115,13 @@ class ScriptCall:
         words: The interpreter, the script, its arguments.
         output_words: What to put before the path of the result; None to append nothing.
         output: Where the user wants the result, absolute; None to leave it to us.
+        cwd: The directory to run in; None if that of the dispatch is gone.
     """
 
     words: tuple[str, ...]
     output_words: tuple[str, ...] | None
     output: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Function:
-    blob: bytes
-    shared: tuple[SharedFile, ...] = ()
-    script: ScriptKey | None = None
+    cwd: str | None = None
 
 
 class Packer:
@@ -117,8 +134,9 @@ class Packer:
 
     def __init__(self, write: Callable[[memoryview], str] | None) -> None:
         self._store = write
-        self._functions: dict[int, _Function | _payload.Unpicklable] = {}
-        self._refs: dict[FunctionRef, _Function | _payload.Unpicklable] = {}
+        self._cwd = present_directory()
+        self._functions: dict[int, PackedFunction | _payload.Unpicklable] = {}
+        self._refs: dict[FunctionRef, PackedFunction | _payload.Unpicklable] = {}
         self._buffers: dict[tuple[int, int], tuple[SharedFile, object]] = {}
         self._written: list[SharedFile] = []
 
@@ -126,26 +144,23 @@ class Packer:
         """The call of a job; or, as a value, the reason why there can't be one."""
         target = job.target
         if isinstance(target, ScriptRef):
-            return script_call(job, target)
+            return script_call(job, target, self._directory(job))
         function = self._function(target)
         if isinstance(function, _payload.Unpicklable):
             return _failures.unreadable(job, function.part, function.reason)
-        args = job.args
+        args, cwd = job.args, self._directory(job)
         try:
             if type(args) is tuple and _PLAIN.issuperset(map(type, args)):
                 # Several times as quick as asking for large buffers that can't be there.
                 quick = pickle.dumps(args, 5)
                 if len(quick) <= PACKET:
-                    return Call(
-                        function.blob, quick, function.shared, len(function.shared), function.script
-                    )
+                    return Call(function, quick, (), cwd)
             payload, shared = self._pack_args(args)
         except _payload.Unpicklable as error:
             return _failures.unreadable(job, error.part, error.reason)
         except OSError as error:
             return _failures.unreadable(job, "the arguments", _no_room(error))
-        files = function.shared + shared
-        return Call(function.blob, payload, files, len(function.shared), function.script)
+        return Call(function, payload, shared, cwd)
 
     def pack_chunk(self, job: Job[Any], inputs: list[Any]) -> Call | PayloadError:
         """A call of a job's function with each of `inputs`, one by one; or why there can't be one."""
@@ -159,10 +174,10 @@ class Packer:
             return _failures.unreadable(job, error.part, error.reason)
         except OSError as error:
             return _failures.unreadable(job, "the inputs", _no_room(error))
-        files = function.shared + shared
-        return Call(
-            function.blob, payload, files, len(function.shared), function.script, chunk=True
-        )
+        return Call(function, payload, shared, self._directory(job), chunk=True)
+
+    def _directory(self, job: Job[Any]) -> str | None:
+        return self._cwd if job.cwd is None else os.fspath(job.cwd)
 
     def _pack_args(
         self, args: object, what: str = "argument"
@@ -175,7 +190,7 @@ class Packer:
 
     def _function(
         self, target: Callable[..., Any] | FunctionRef
-    ) -> _Function | _payload.Unpicklable:
+    ) -> PackedFunction | _payload.Unpicklable:
         if isinstance(target, FunctionRef):
             if target not in self._refs:
                 self._refs[target] = _named_function(target)
@@ -186,7 +201,7 @@ class Packer:
             function = self._functions[id(target)] = self._pack_function(target)
         return function
 
-    def _pack_function(self, target: Callable[..., Any]) -> _Function | _payload.Unpicklable:
+    def _pack_function(self, target: Callable[..., Any]) -> PackedFunction | _payload.Unpicklable:
         self._written = []
         try:
             blob, _ = _payload.pack_function(target, self._write)
@@ -194,7 +209,7 @@ class Packer:
             return error
         except OSError as error:
             return _payload.Unpicklable("the function", _no_room(error))
-        return _Function(blob, tuple(self._written))
+        return PackedFunction(blob, tuple(self._written))
 
     @property
     def _write(self) -> Callable[[memoryview], str] | None:
@@ -215,10 +230,10 @@ def _no_room(error: OSError) -> str:
     return f"{error}: free some space, or set TMPDIR to a directory that has it"
 
 
-def _named_function(target: FunctionRef) -> _Function | _payload.Unpicklable:
+def _named_function(target: FunctionRef) -> PackedFunction | _payload.Unpicklable:
     blob = _payload.name_function(target.name, path=target.path, module=target.module)
     try:
-        return _Function(blob, script=_content(target.path) if target.path else None)
+        return PackedFunction(blob, script=_content(target.path) if target.path else None)
     except OSError as error:  # it was there when the job was made
         return _payload.Unpicklable("the function", f"{target.path}: {error}")
 
@@ -235,8 +250,16 @@ def _content(path: str) -> ScriptKey:
     return (path, *files)
 
 
-def script_call(job: Job[Any], target: ScriptRef) -> ScriptCall:
-    """The command line of a script's job."""
+def present_directory() -> str | None:
+    """The directory this process is in; None if it's gone."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
+def script_call(job: Job[Any], target: ScriptRef, cwd: str | None) -> ScriptCall:
+    """The command line of a script's job, to run in the directory `cwd`."""
     args = job.args
     if isinstance(args, dict):
         pairs = [(key if key.startswith("-") else f"--{key}", _word(args[key])) for key in args]
@@ -246,7 +269,8 @@ def script_call(job: Job[Any], target: ScriptRef) -> ScriptCall:
     output_words: tuple[str, ...] | None = ("--output_file",) if isinstance(args, dict) else ()
     if not args or _names_output(args) or (job.meta or {}).get("output") == "env":
         output_words = None
-    return ScriptCall((*target.binary, target.path, *words), output_words, job.output_path)
+    words = (*target.binary, target.path, *words)
+    return ScriptCall(words, output_words, job.output_path, cwd)
 
 
 def _names_output(args: Args) -> bool:

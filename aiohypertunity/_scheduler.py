@@ -145,6 +145,7 @@ class Scheduler:
         self._counts: Counter[Status] = Counter()
         self._busy_seconds = 0.0
         self._n_dispatched = 0
+        self._is_pumping = False
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._maps: weakref.WeakSet[Map[Any]] = weakref.WeakSet()
         self._closing: asyncio.Task[None] | None = None
@@ -492,6 +493,15 @@ class Scheduler:
 
     def _pump(self) -> None:
         """Starts what may start."""
+        if self._is_pumping:  # what is started may be over at once, and come back here
+            return
+        self._is_pumping = True
+        try:
+            self._start_waiting()
+        finally:
+            self._is_pumping = False
+
+    def _start_waiting(self) -> None:
         while (entry := self._ledger.start()) is not None:
             if self._logs is not None and entry.log_path is None:
                 try:

@@ -158,7 +158,7 @@ class _Run:
                 stdout=stdout,
                 stderr=stderr,
                 env=self._env(),
-                cwd=self._entry.job.cwd,
+                cwd=self._call.cwd,
                 start_new_session=True,
             )
 

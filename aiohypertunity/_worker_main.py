@@ -262,7 +262,7 @@ class Worker:
     def _prepared(self, number: int, extras: Extras) -> Callable[..., Any]:
         function = self._function(number)
         if extras.chunk:
-            return _Chunk(function)
+            function = _Chunk(function)
         return function if extras.cwd is None else _In(extras.cwd, function)
 
     def _answer(

@@ -21,6 +21,7 @@ import tempfile
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._calls import present_directory
 from ._capture import Capture, log_files
 from ._guardian import MARK, kill_tree
 from ._payload import PACKET
@@ -118,6 +119,8 @@ class WorkerProcess:
         self.used = False
         self.retired = False
         self._rundir = rundir
+        self._cwd = present_directory() or "/"
+        self._path = list(sys.path)
         self._mark = rundir.new_mark()
         self._env = {**env, MARK: self._mark}
         self._on_replies = on_replies
@@ -145,14 +148,15 @@ class WorkerProcess:
     def send(self, entry: Entry) -> bool:
         """Gives it a call; says whether there was room. For an idle worker there always is."""
         call: Call = entry.call
-        cwd, logs = entry.job.cwd, entry.log_path
+        cwd = None if call.cwd == self._cwd else call.cwd
+        logs, payload = entry.log_path, call.payload
         try:
             function = self._number_of_function(call)
-            if call.shared or call.chunk or cwd or logs or not isinstance(call.payload, bytes):
+            if call.shared or call.chunk or cwd or logs or not isinstance(payload, bytes):
                 body = pickle.dumps(tuple(_extras(call, cwd, logs)))
                 self._ours.send(CALL.pack(b"C", self._next_number, function) + body)
             else:
-                self._ours.send(CALL.pack(b"c", self._next_number, function) + call.payload)
+                self._ours.send(CALL.pack(b"c", self._next_number, function) + payload)
         except BlockingIOError:
             return False
         self.used = True
@@ -162,7 +166,7 @@ class WorkerProcess:
         return True
 
     def _number_of_function(self, call: Call) -> int:
-        files = call.function_files if call.n_function_files else None
+        files = call.function_files if call.packed.shared else None
         # The bytes themselves are the key: Python remembers their hash.
         key: object = (call.function, *files) if files else call.function
         number = self._known.get(key)
@@ -231,6 +235,11 @@ class WorkerProcess:
             )
 
     @property
+    def is_current(self) -> bool:
+        """Whether it still imports from where the driver does."""
+        return self._path == sys.path
+
+    @property
     def running_since(self) -> float | None:
         """When the first of its calls started, in seconds since the epoch; None if it hasn't."""
         if self._numbers and self._started[0] == self._numbers[0]:
@@ -277,7 +286,7 @@ class WorkerProcess:
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._n_oom_kills = _n_oom_kills()
         given = {
-            "path": sys.path,
+            "path": self._path,
             "calls": self._theirs.fileno(),
             "page": self._page_file,
             "streams": self._capture.paths,
@@ -292,6 +301,7 @@ class WorkerProcess:
                 stdout=stdout,
                 stderr=stderr,
                 env=self._env,
+                cwd=self._cwd,
                 pass_fds=(self._theirs.fileno(), self._page_file),
                 start_new_session=True,
             )
