@@ -29,7 +29,8 @@ _LAST_LINES = 10
 
 def last_lines(*streams: str) -> str:
     """The end of what a job wrote, as the end of a message: empty if it was silent."""
-    lines = "\n".join(filter(None, streams)).rstrip().splitlines()[-_LAST_LINES:]
+    ends = [stream.rstrip().splitlines()[-_LAST_LINES:] for stream in streams]
+    lines = [line for end in ends for line in end]
     return (
         "\nIts last output:\n" + "\n".join(f"    {line[:500]}" for line in lines) if lines else ""
     )
@@ -102,7 +103,7 @@ def from_reply(
     part = "the exception" if kind == _payload.RAISED else "the return value"
     try:
         answer = _payload.loads(body, files)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # reading may import modules, and those may exit
         reason = f"{type(error).__name__}: {error} (while it was read back)"
         return Outcome(Status.FAILED, error=unreadable(job, part, reason))
     finally:
