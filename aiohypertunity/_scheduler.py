@@ -27,7 +27,7 @@ from ._callables import IsolatedCallables, available_cpus
 from ._calls import Call, Packer, ScriptCall
 from ._errors import JobCrashed, JobFailed, JobTimeout, PayloadError
 from ._events import Cancelled, Event, Finished, Queued, Retried, Started
-from ._handles import Batch, Collector, cancel_all
+from ._handles import Batch, Collector
 from ._joblib import JoblibCallables, check_backend
 from ._jobs import Job, ScriptRef, SlurmJob, check_seconds, resolve
 from ._ledger import Entry, Executor, Ledger, Pool
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from ._slurm import Slurm
 
 T = TypeVar("T")
+
+_HOLD = 0.002
+"""Seconds for which jobs are cancelled before the rest of the loop has its turn."""
 
 _RETRIED = (JobFailed, JobCrashed, JobTimeout)
 _ANOTHER = "job.replace() makes another one like it"
@@ -142,6 +145,7 @@ class Scheduler:
         self._on_exit = on_exit
         self._pool = Pool()
         self._unfinished: dict[Job[Any], Entry] = {}
+        self._running: set[Entry] = set()
         self._counts: Counter[Status] = Counter()
         self._busy_seconds = 0.0
         self._n_dispatched = 0
@@ -149,6 +153,7 @@ class Scheduler:
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._maps: weakref.WeakSet[Map[Any]] = weakref.WeakSet()
         self._closing: asyncio.Task[None] | None = None
+        self._is_ending = False
         self._is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._rundir: RunDirectory | None = None
@@ -195,25 +200,28 @@ class Scheduler:
     async def _leave(self, *, cancel: bool) -> None:
         if self._loop is None or self._is_closed:
             return
+        self._is_ending = self._is_ending or cancel
         if self._closing is None:
-            self._closing = self._loop.create_task(self._close(cancel))
+            self._closing = self._loop.create_task(self._close())
         try:
             await asyncio.shield(self._closing)
         except asyncio.CancelledError:
-            self._cancel_everything()
+            self._is_ending = True
+            self._changed.set()
             with anyio.CancelScope(shield=True):
                 while not self._closing.done():
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([self._closing])
             raise
 
-    async def _close(self, cancel: bool) -> None:
+    async def _close(self) -> None:
         try:
-            if cancel:
-                self._cancel_everything()
             while self._unfinished:
-                self._changed.clear()
-                await self._changed.wait()
+                if self._is_ending:
+                    await self._cancel_everything()
+                if self._unfinished:
+                    self._changed.clear()
+                    await self._changed.wait()
         finally:
             await self._let_go()
 
@@ -233,12 +241,18 @@ class Scheduler:
             for stream in tuple(self._streams):
                 stream.wake()
 
-    def _cancel_everything(self) -> None:
+    async def _cancel_everything(self) -> None:
+        """Cancels all jobs, as many at a time as the loop may be held for."""
         for running_map in tuple(self._maps):
             running_map.starve()
-        # A call that a joblib backend runs can't be stopped: leaving waits for it.
-        with contextlib.suppress(RuntimeError):
-            cancel_all(tuple(self._unfinished.values()), self._cancel)
+        let_loop_run_at = time.monotonic() + _HOLD
+        for entry in tuple(self._unfinished.values()):
+            # A call that a joblib backend runs can't be stopped: leaving waits for it.
+            with contextlib.suppress(RuntimeError):
+                self._cancel(entry)
+            if time.monotonic() > let_loop_run_at:
+                await asyncio.sleep(0)
+                let_loop_run_at = time.monotonic() + _HOLD
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -354,16 +368,15 @@ class Scheduler:
 
     def statistics(self) -> Statistics:
         """How things stand."""
-        unfinished = self._unfinished.values()
-        running = [e for e in unfinished if e.started_at is not None and e.grant is not None]
         now = time.time()
         busy = sum(
-            (now - (e.started_at or now)) * (e.grant.cpus if e.grant else 0) for e in running
+            (now - (entry.started_at or now)) * entry.needs.cpus
+            for entry in self._running
+            if entry.needs is not None
         )
-        n_running = sum(entry.status is Status.RUNNING for entry in unfinished)
         return Statistics(
-            n_pending=len(unfinished) - n_running,
-            n_running=n_running,
+            n_pending=len(self._unfinished) - len(self._running),
+            n_running=len(self._running),
             n_succeeded=self._counts[Status.SUCCEEDED],
             n_failed=self._counts[Status.FAILED],
             n_crashed=self._counts[Status.CRASHED],
@@ -493,7 +506,9 @@ class Scheduler:
 
     def _pump(self) -> None:
         """Starts what may start."""
-        if self._is_pumping:  # what is started may be over at once, and come back here
+        if (
+            self._is_pumping or self._is_ending
+        ):  # what is started may be over at once, and come back here
             return
         self._is_pumping = True
         try:
@@ -527,6 +542,7 @@ class Scheduler:
         entry.slurm_id = slurm_id or entry.slurm_id
         entry.node = node or entry.node
         self._note_start(entry, at, attempt)
+        self._running.add(entry)
         if entry.stop_status is None:
             entry.status = Status.RUNNING
             if entry.timeout is not None and entry.needs is not None:
@@ -536,6 +552,7 @@ class Scheduler:
         """See `_ledger.Owner`."""
         entry.pending_reason = reason
         entry.slurm_id = slurm_id or entry.slurm_id
+        self._running.discard(entry)
         if entry.stop_status is None:
             entry.status = Status.PENDING
 
@@ -572,6 +589,7 @@ class Scheduler:
         if entry.timer is not None:
             entry.timer.cancel()
             entry.timer = None
+        self._running.discard(entry)
         if outcome.started_at is None:
             outcome.started_at = entry.started_at
         elif entry.started_at is None:
@@ -633,7 +651,7 @@ class Scheduler:
     def _try_again(self, entry: Entry, outcome: Outcome, at: float) -> bool:
         """Lets the job wait for another attempt, if one is due."""
         error = outcome.error
-        due = entry.retries_left > 0 and isinstance(error, _RETRIED) and self._closing is None
+        due = entry.retries_left > 0 and isinstance(error, _RETRIED) and not self._is_ending
         if not due or entry.stop_status is Status.CANCELLED:
             return False
         assert error is not None
