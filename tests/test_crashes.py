@@ -365,7 +365,8 @@ async def test_processes_that_a_job_leaves_running_go_with_the_scheduler() -> No
     """loky keeps its workers for the next call; they don't outlive us."""
     async with Scheduler(n_parallel=1) as scheduler:
         pid = (await run(scheduler, tasks.start_joblib_and_leave_it)).data
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        threads = Path(f"/proc/{pid}/task").glob("*/children")
+        children = [child for thread in threads for child in thread.read_text().split()]
         assert children
     await until(lambda: not any(is_alive(int(child)) for child in children), 2)
 
