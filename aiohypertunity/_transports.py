@@ -236,7 +236,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     process._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001 - else the pipes wait for the garbage collector
 
 
-def transport_to(slurm: Slurm, emit: Callable[[Event], None]) -> Transport:  # noqa: ARG001 - a local link has none
+def transport_to(slurm: Slurm, emit: Callable[[Event], None]) -> Transport:
     """The way to a cluster.
 
     Args:
@@ -244,7 +244,10 @@ def transport_to(slurm: Slurm, emit: Callable[[Event], None]) -> Transport:  # n
         emit: Takes `LinkDown` and `LinkUp`.
     """
     if slurm.host is not None:
-        raise NotImplementedError
+        # Takes a tenth of a second, and most schedulers don't need it.
+        from ._ssh import SSH
+
+        return SSH(slurm.host, slurm.connect, emit)
     return LocalShell()
 
 

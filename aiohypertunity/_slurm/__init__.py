@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .._address import Address
 from .text import check_options
 
 
@@ -37,7 +38,8 @@ class Slurm:
         max_in_flight: How many jobs may be with Slurm at a time, waiting ones included; None for all
             that Slurm takes.
         keep: `"failed"` keeps the log and the files of jobs that failed, None those of none.
-        connect: Options of asyncssh's `connect`.
+        connect: Options of asyncssh's `connect`. And `prompt`: a function, sync or async, that answers
+            when the host asks for a password or a code, such as `getpass.getpass`.
         give_up_after: Seconds of a broken link after which jobs fail with `TransportError`; None
             to wait for as long as it takes.
         files: Files that scripts need beside them, to be copied across SSH.
@@ -61,6 +63,10 @@ class Slurm:
 
     def __post_init__(self) -> None:
         _check_text("host", self.host)
+        if self.host is not None:
+            Address.parse(self.host)
+        if self.connect is not None and self.connect.get("known_hosts", ()) is None:
+            raise ValueError("connect: known_hosts=None would trust any host: name a file of keys")
         if self.connect is not None and self.host is None:
             raise ValueError("connect is for a host: Slurm('user@host', connect=...)")
         if self.files and self.host is None:
