@@ -19,6 +19,7 @@ from . import _failures, _payload
 from ._errors import JobCrashed
 from ._results import Outcome, Status
 from ._threads import in_thread
+from ._worker_main import Chunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,22 +36,37 @@ def check_backend(backend: str, n_slots: int) -> None:
     Raises:
         ValueError: It hasn't, or it can't.
     """
-    import joblib
-
     try:
-        joblib.Parallel(n_jobs=n_slots, backend=backend, return_as="generator_unordered")
+        _parallel(backend, n_slots)
     except Exception as error:
         raise ValueError(
             f"backend={backend!r}: joblib can't use it to give results one by one: {error}"
         ) from error
 
 
-def call_packed(function: bytes, payload: bytes) -> _Answer:
+def _parallel(backend: str, n_slots: int) -> Any:
+    import joblib
+
+    # Backends of other packages ("dask") are known to `parallel_config` alone.
+    with joblib.parallel_config(backend=backend):
+        return joblib.Parallel(
+            # With one, joblib would run calls in this very process. How many may start, others decide.
+            n_jobs=max(n_slots, 2),
+            return_as="generator_unordered",
+            batch_size=1,
+            pre_dispatch="all",
+        )
+
+
+def call_packed(function: bytes, payload: bytes, chunk: bool) -> _Answer:
     """Runs a packed call, wherever joblib has brought it."""
+
+    def load() -> Callable[..., Any]:
+        loaded = _payload.load_function(function)
+        return Chunk(loaded) if chunk else loaded
+
     started = time.time()
-    kind, reply, _ = _payload.run(
-        lambda: _payload.load_function(function), lambda: _payload.loads(payload), None
-    )
+    kind, reply, _ = _payload.run(load, lambda: _payload.loads(payload), None)
     return kind, reply, started, time.time(), socket.gethostname(), os.getpid()
 
 
@@ -119,7 +135,7 @@ class JoblibCallables:
 
     async def _run(self, group: list[Entry]) -> None:
         unanswered = dict(enumerate(group))
-        calls = [(e.call.function, e.call.read_payload()) for e in group]
+        calls = [(e.call.function, e.call.read_payload(), e.call.chunk) for e in group]
 
         def take(index: int, answer: _Answer) -> None:
             self._finish(unanswered.pop(index), answer)
@@ -138,17 +154,11 @@ class JoblibCallables:
             self._lose(entry, error)
 
     def _run_group(
-        self, calls: list[tuple[bytes, bytes]], tell: Callable[[int, _Answer], None]
+        self, calls: list[tuple[bytes, bytes, bool]], tell: Callable[[int, _Answer], None]
     ) -> None:
         import joblib
 
-        parallel = joblib.Parallel(
-            n_jobs=self._n_slots,
-            backend=self._backend,
-            return_as="generator_unordered",
-            batch_size=1,
-            pre_dispatch="all",
-        )
+        parallel = _parallel(self._backend, self._n_slots)
         call = joblib.delayed(_call_numbered)
         for index, answer in parallel(call(i, *packed) for i, packed in enumerate(calls)):
             tell(index, answer)
@@ -172,5 +182,7 @@ class JoblibCallables:
         self._owner.finished(entry, Outcome(Status.CRASHED, error=crashed))
 
 
-def _call_numbered(index: int, function: bytes, payload: bytes) -> tuple[int, _Answer]:
-    return index, call_packed(function, payload)
+def _call_numbered(
+    index: int, function: bytes, payload: bytes, chunk: bool
+) -> tuple[int, _Answer]:
+    return index, call_packed(function, payload, chunk)

@@ -267,7 +267,7 @@ class Worker:
     def _prepared(self, number: int, extras: Extras) -> Callable[..., Any]:
         function = self._function(number)
         if extras.chunk:
-            function = _Chunk(function)
+            function = Chunk(function)
         return function if extras.cwd is None else _In(extras.cwd, function)
 
     def _answer(
@@ -323,7 +323,7 @@ class _In:
         return self._function(*args, **kwargs)
 
 
-class _Chunk:
+class Chunk:
     """Calls a function with one argument after the other; gives what came before the first error."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
