@@ -12,6 +12,7 @@ import httpx
 import nbclient
 import nbformat
 import pytest
+from slurm_kit import cluster, needs_slurm  # noqa: F401 - a fixture
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -25,10 +26,10 @@ def kind_of(block: str) -> str:
     return "notebook" if re.search(r"^\w.*\bawait ", block, re.MULTILINE) else "script"
 
 
-def of_kind(kind: str):
+def of_kind(kind: str, marks=()):
     numbered = [(n, block) for n, block in enumerate(BLOCKS) if kind_of(block) == kind]
     assert numbered, f"the README has no block of the kind {kind}"
-    return [pytest.param(block, id=f"{kind}-{n}") for n, block in numbered]
+    return [pytest.param(block, id=f"{kind}-{n}", marks=marks) for n, block in numbered]
 
 
 @pytest.mark.parametrize("block", of_kind("script"))
@@ -45,6 +46,15 @@ def test_scripts(block, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert not done.stderr
+
+
+@pytest.mark.parametrize("block", of_kind("slurm", needs_slurm))
+def test_slurm(block, tmp_path, cluster, monkeypatch):
+    """What the README does on a cluster works on a real one."""
+    for name, value in {**cluster.env, "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    test_scripts(block, tmp_path)
+    assert not list(tmp_path.glob(".aiohypertunity/*"))
 
 
 @pytest.mark.parametrize("block", of_kind("service"))
