@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import _failures, _payload
 from ._jobs import Args, FunctionRef, Job, ScriptRef
-from ._payload import PACKET
+from ._payload import PACKET, PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ._errors import PayloadError
-
-_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 
 ScriptKey: TypeAlias = "tuple[str, ...]"
 
@@ -150,7 +148,7 @@ class Packer:
             return _failures.unreadable(job, function.part, function.reason)
         args, cwd = job.args, self._directory(job)
         try:
-            if type(args) is tuple and _PLAIN.issuperset(map(type, args)):
+            if type(args) is tuple and PLAIN.issuperset(map(type, args)):
                 # Several times as quick as asking for large buffers that can't be there.
                 quick = pickle.dumps(args, 5)
                 if len(quick) <= PACKET:

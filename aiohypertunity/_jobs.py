@@ -76,7 +76,10 @@ _counter = itertools.count()
 
 
 def _next_id() -> int:
-    return next(number for number in _counter if number not in _living)
+    number = next(_counter)
+    while number in _living:
+        number = next(_counter)
+    return number
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,8 +371,10 @@ _signatures: weakref.WeakKeyDictionary[Callable[..., Any], _Signature | None] = 
 
 def _signature(function: Callable[..., Any]) -> _Signature | None:
     """The signature of a callable, where it has one that can be seen."""
-    with contextlib.suppress(TypeError, KeyError):
+    try:
         return _signatures[function]
+    except (TypeError, KeyError):
+        pass
     try:
         signature = _Signature.of(function)
     except (TypeError, ValueError):  # many builtins tell nothing

@@ -230,7 +230,7 @@ class Ledger:
 
     def start(self) -> Entry | None:
         """Takes the next entry that may start now, and gives it what it needs."""
-        if self.free_cpus <= 0:
+        if self.free_cpus <= 0 or not self._queues:
             return None
         lacking: set[str] = set()
         for queue in self._by_age():
@@ -241,6 +241,8 @@ class Ledger:
             lacks = {name for name, n in needs.others if len(self._free[name]) < n}
             if not lacks and lacking.isdisjoint(name for name, _ in needs.others):
                 entry = queue.popleft()
+                if not queue:
+                    del self._queues[needs]
                 entry.grant = self._grant(needs)
                 return entry
             lacking |= lacks
@@ -265,6 +267,8 @@ class Ledger:
 
     def _grant(self, needs: Needs) -> Grant:
         self.free_cpus -= needs.cpus
+        if needs is _ONE_CPU:
+            return _ONE_CPU_GRANTED
         if not needs.others:
             return Grant(needs.cpus)
         handed_out = []
@@ -286,6 +290,7 @@ class Ledger:
 
 
 _ONE_CPU = Needs()
+_ONE_CPU_GRANTED = Grant()
 
 
 class Pool:

@@ -11,6 +11,7 @@ speaks pickle protocol 5) travel beside a pickle, in files that the reader maps 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import importlib.util
@@ -32,6 +33,9 @@ LARGE = 1 << 20
 
 PACKET = 60_000
 """What is longer than this many bytes goes between processes through a file."""
+
+PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
+"""Types whose pickles hold no large buffers and nothing by reference: plain pickle does them, and at once."""
 
 _PICKLED, _NAMED = b"c", b"n"
 
@@ -60,6 +64,11 @@ def pack_function(function: Callable[..., Any], write: Write | None) -> tuple[by
         Unpicklable: It can't be pickled.
         OSError: A buffer can't be written.
     """
+    if type(function) is types.FunctionType and not _registered_by_value():
+        with contextlib.suppress(Exception):  # those that have no name to find them by
+            blob = pickle.dumps(function, 5)
+            if b"__main__" not in blob:
+                return _PICKLED + blob, []
     blob, files = dumps(function, "the function", write)
     return _PICKLED + blob, files
 
@@ -258,6 +267,8 @@ def run(
         value = call(function, args)
     except BaseException as error:
         return raised(error)
+    if type(value) in PLAIN:
+        return VALUE, pickle.dumps(value, 5), []
     part = "the return value"
     try:
         return VALUE, *dumps(value, part, write)

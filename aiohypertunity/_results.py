@@ -35,6 +35,8 @@ class Status(enum.Enum):
     is_final: bool
     """Whether the job is over, one way or another."""
 
+    __hash__ = object.__hash__  # as right as an enum's own, and no call of a Python function
+
 
 for _status in Status:
     _status.is_final = _status not in {Status.PENDING, Status.RUNNING, Status.CANCELLING}

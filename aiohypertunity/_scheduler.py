@@ -151,6 +151,7 @@ class Scheduler:
         self._n_dispatched = 0
         self._is_pumping = False
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
+        self._is_watched = False  # whether there ever was one: to ask a WeakSet is slow
         self._maps: weakref.WeakSet[Map[Any]] = weakref.WeakSet()
         self._closing: asyncio.Task[None] | None = None
         self._is_ending = False
@@ -398,6 +399,7 @@ class Scheduler:
         self._check_open()
         stream = EventStream(maxsize, self._closed)
         self._streams.add(stream)
+        self._is_watched = True
         return stream
 
     # --- dispatch ----------------------------------------------------------------------------
@@ -480,7 +482,7 @@ class Scheduler:
         self._n_dispatched += 1
         pool.add(entry)
         self._unfinished[entry.job] = entry
-        if self._streams:
+        if self._is_watched:
             self._emit(Queued(entry.job, entry.queued_at))
         if isinstance(entry.call, PayloadError):
             self.finished(entry, Outcome(Status.FAILED, error=entry.call))
@@ -607,7 +609,7 @@ class Scheduler:
     def _note_start(self, entry: Entry, at: float, attempt: int | None = None) -> None:
         entry.attempt = attempt or entry.attempt + 1
         entry.started_at = at
-        if self._streams:
+        if self._is_watched:
             self._emit(Started(entry.job, at, entry.attempt))
         if entry.waiters:
             _wake(entry)
@@ -659,7 +661,7 @@ class Scheduler:
         entry.stop_status = None
         entry.started_at = None
         entry.status = Status.PENDING
-        if self._streams:
+        if self._is_watched:
             self._emit(Retried(entry.job, at, entry.attempt, error))
         if entry.needs is None:
             entry.executor.start(entry)
@@ -683,7 +685,7 @@ class Scheduler:
             entry.pool.ready(entry)
         if entry.waiters:
             _wake(entry)
-        if self._streams:
+        if self._is_watched:
             kind = Cancelled if outcome.status is Status.CANCELLED else Finished
             self._emit(kind(entry.job, at, result))
         if not self._unfinished and self._closing is not None:

@@ -214,7 +214,7 @@ class WorkerProcess:
 
     def read(self) -> Iterator[Reply]:
         """What it has answered, as much as the loop may be held for."""
-        for _ in range(_AT_ONCE):
+        for _ in range(min(len(self.calls), _AT_ONCE)):
             try:
                 packet = self._ours.recv(2 * PACKET)
             except BlockingIOError:
