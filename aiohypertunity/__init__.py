@@ -17,12 +17,14 @@ What to run is a `Job` or a `SlurmJob`; a `Scheduler` runs it and gives back a `
                  callables: in isolated workers, or through a joblib backend
     _scripts     scripts as asyncio subprocesses
     _inline      a job run here and now
-    _transports, _slurm
+    _address, _transports, _ssh, _slurm
                  Slurm jobs
     _handles, _map, _streams
                  what a user holds of a scheduler
     _scheduler   the only owner of tasks
     sync         the blocking twin
+    _doctor, __main__
+                 `python -m aiohypertunity doctor`
 
 A module imports only from those above it. Everything is imported when it's first used, since a program
 that only wants to make jobs, or a worker that only runs them, needs little of this.

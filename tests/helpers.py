@@ -86,18 +86,34 @@ def driver(text: str, *args: object, cwd: Path | None = None) -> Iterator[subpro
 
 @contextlib.asynccontextmanager
 async def ticker(interval: float = 0.001) -> AsyncIterator[list[float]]:
-    """Measures how long the loop is held: seconds by which each tick came too late."""
-    holds: list[float] = []
+    """Measures how long the loop is held: seconds by which each tick came too late.
 
+    Less those for which its thread was ready to run and the machine had no CPU for it.
+    """
+    holds: list[float] = []
+    with open("/proc/thread-self/schedstat", "rb", buffering=0) as statistics:
+
+        def now() -> float:
+            waited = int(os.pread(statistics.fileno(), 100, 0).split()[1])
+            return time.perf_counter() - waited / 1e9
+
+        async with _ticking(now, interval, holds):
+            yield holds
+
+
+@contextlib.asynccontextmanager
+async def _ticking(
+    now: Callable[[], float], interval: float, holds: list[float]
+) -> AsyncIterator[None]:
     async def tick() -> None:
         while True:
-            before = time.perf_counter()
+            before = now()
             await asyncio.sleep(interval)
-            holds.append(time.perf_counter() - before - interval)
+            holds.append(now() - before - interval)
 
     task = asyncio.get_running_loop().create_task(tick())
     try:
-        yield holds
+        yield
     finally:
         task.cancel()
         await asyncio.wait([task])
