@@ -1,0 +1,1 @@
+"""What aiohypertunity is measured by, beside its peers: `python -m benchmarks`."""
