@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -88,17 +89,23 @@ def driver(text: str, *args: object, cwd: Path | None = None) -> Iterator[subpro
 async def ticker(interval: float = 0.001) -> AsyncIterator[list[float]]:
     """Measures how long the loop is held: seconds by which each tick came too late.
 
-    Less those for which its thread was ready to run and the machine had no CPU for it.
+    Less those for which its thread was ready to run and the machine had no CPU for it, and less what
+    the garbage collector has to do with all that the tests before have loaded.
     """
     holds: list[float] = []
+    gc.collect()
+    gc.freeze()
     with open("/proc/thread-self/schedstat", "rb", buffering=0) as statistics:
 
         def now() -> float:
             waited = int(os.pread(statistics.fileno(), 100, 0).split()[1])
             return time.perf_counter() - waited / 1e9
 
-        async with _ticking(now, interval, holds):
-            yield holds
+        try:
+            async with _ticking(now, interval, holds):
+                yield holds
+        finally:
+            gc.unfreeze()
 
 
 @contextlib.asynccontextmanager
