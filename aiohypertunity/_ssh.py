@@ -95,14 +95,7 @@ class SSH:
 
     async def run(self, command: str, *, stdin: str = "", timeout: float) -> Done:
         """As `Transport.run`. What it takes to have a channel doesn't count for `timeout`."""
-        async with self._channel(_marked(command, self._mark)) as process:
-            try:
-                async with asyncio.timeout(timeout):
-                    said = await self._talk(process, _once(stdin.encode()))
-            except TimeoutError:
-                if not await self._link.answers():
-                    raise LinkLost(f"{self.host} doesn't answer") from None
-                raise
+        said = await self._exchange(command, lambda: _once(stdin.encode()), timeout)
         return Done(
             said.status,
             said.stdout.decode(errors="replace"),
@@ -112,9 +105,11 @@ class SSH:
     async def put(self, files: Mapping[str, Content]) -> None:
         """As `Transport.put`."""
         # No owner, no times: they would be this machine's.
-        said = await self._exchange("umask 077; cd / && tar -xmof -", _tar(files))
+        said = await self._exchange("umask 077; cd / && tar -xmof -", lambda: _tar(files))
         if said.status != 0:
-            raise TransportError(f"can't write files on {self.host}: {said.words}")
+            # All that tar says of a full disk is how little it could write.
+            hint = ": the disk is full, or a quota" if "Wrote only" in said.words else ""
+            raise TransportError(f"can't write files on {self.host}{hint}: {said.words}")
 
     async def get(self, files: Sequence[Wanted]) -> list[bytes | None]:
         """As `Transport.get`."""
@@ -223,9 +218,25 @@ class SSH:
 
     # Channels.
 
-    async def _exchange(self, command: str, stdin: AsyncIterator[bytes] | None = None) -> _Said:
-        async with self._channel(_marked(command, self._mark)) as process:
-            return await self._talk(process, stdin or _once(b""))
+    async def _exchange(
+        self,
+        command: str,
+        stdin: Callable[[], AsyncIterator[bytes]] = lambda: _once(b""),
+        timeout: float | None = None,
+    ) -> _Said:
+        """Runs a command; again, if its channel was dropped before it began."""
+        script = _marked(command, self._mark)
+        while True:
+            async with self._channel(script) as process:
+                try:
+                    async with asyncio.timeout(timeout):
+                        return await self._talk(process, stdin())
+                except TimeoutError:
+                    if not await self._link.answers():
+                        raise LinkLost(f"{self.host} doesn't answer") from None
+                    raise
+                except _NotBegun:
+                    continue
 
     @asynccontextmanager
     async def _channel(
@@ -291,11 +302,11 @@ class SSH:
 
     def _muted(self, process: _Process, words: bytes) -> TransportError:
         """It ended before it began: a channel that was dropped, or a host that runs no commands."""
-        if process.exit_status is None or process.exit_status < 0 or self._link.is_down:
+        if self._link.is_down:
             return self._link.lost_in(process)
         self._n_mute += 1
-        if self._n_mute < 3:
-            return self._link.lost_in(process)
+        if self._n_mute < _MUTE:
+            return _NotBegun(f"{self.host} dropped a channel")
         said = words.decode(errors="replace").strip()[-500:] or "it says nothing"
         return TransportError(f"{self.host} runs no commands: {said}")
 
@@ -305,6 +316,14 @@ if TYPE_CHECKING:
 
 _PATIENCE = 20
 """How many times in a row a channel may be refused."""
+
+
+_MUTE = 5
+"""How many in a row may be dropped before they begin."""
+
+
+class _NotBegun(LinkLost):
+    """A channel was dropped before its command began."""
 
 
 class _Said(NamedTuple):
@@ -328,21 +347,27 @@ class _Lines:
         self._stack = contextlib.AsyncExitStack()
         self._process: _Process | None = None
         self._began = False
+        self._asked = False
         self._leaving: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        self._leaving, self._began = None, False
+        self._leaving, self._asked, self._began = None, False, False
         channel = self._ssh._channel(self._script, self._give_way)  # noqa: SLF001 - a part of it
         self._process = await self._stack.enter_async_context(channel)
+        if self._asked:
+            self._give_way()
 
     async def close(self) -> None:
-        if self._leaving is not None:
-            await self._leaving
-        await self._stack.aclose()
+        with anyio.CancelScope(shield=True):
+            if self._leaving is not None:
+                await asyncio.wait([self._leaving])
+            await self._stack.aclose()
         self._process = None
 
     def _give_way(self) -> None:
-        if self._leaving is None:
+        self._asked = True
+        # Else it is about to open, and gives way as soon as it has.
+        if self._leaving is None and self._process is not None:
             self._leaving = asyncio.get_running_loop().create_task(self._stack.aclose())
 
     def send(self, line: str) -> None:
@@ -414,6 +439,10 @@ class _Slots:
             self._n_waiting += give_way is None
             try:
                 await self._changed.wait()
+            except BaseException:
+                # Somebody may have been waiting for us not to wait.
+                self._changed.set()
+                raise
             finally:
                 self._n_waiting -= give_way is None
         self._n_open += 1
