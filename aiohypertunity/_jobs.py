@@ -189,19 +189,18 @@ class Job(Generic[T]):
     def _register(self) -> None:
         if isinstance(self.id, bool) or not isinstance(self.id, int | str):
             raise TypeError(f"id={self.id!r}: must be a whole number or a string")
-        if self.id in _living:
+        path = self._named_output()
+        if path is not None and path in _outputs:
+            raise ValueError(
+                f"output file {path} belongs to the living job {_outputs[path].id!r}: "
+                "two jobs can't share one"
+            )
+        if _living.setdefault(self.id, self) is not self:
             raise ValueError(
                 f"id={self.id!r} belongs to a living job: leave id out, or let go of that job first"
             )
-        path = self._named_output()
         if path is not None:
-            if path in _outputs:
-                raise ValueError(
-                    f"output file {path} belongs to the living job {_outputs[path].id!r}: "
-                    "two jobs can't share one"
-                )
             _outputs[path] = self
-        _living[self.id] = self
 
     def _named_output(self) -> str | None:
         """The result path that the user named among the arguments of a script, absolute."""

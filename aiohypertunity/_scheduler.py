@@ -422,7 +422,7 @@ class Scheduler:
                 raise ValueError(f"{job.task!r} lies on a cluster: dispatch it as a SlurmJob")
         else:
             self._callables.check(job, self._timeout if job.timeout is None else job.timeout)
-        return self._ledger.needs((job.meta or {}).get("resources") or {})
+        return self._ledger.needs(job.meta.get("resources") or {} if job.meta else {})
 
     def _packer(self) -> Packer:
         assert self._rundir is not None
