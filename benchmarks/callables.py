@@ -129,7 +129,13 @@ def new_dask_client() -> Any:
     from distributed import Client
 
     warnings.simplefilter("ignore")
-    return Client(n_workers=N_WORKERS, threads_per_worker=1, processes=True, dashboard_address=None)
+    return Client(
+        n_workers=N_WORKERS,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+        silence_logs="CRITICAL",
+    )
 
 
 # --- one job at a time -------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def idle() -> list[Row]:
 
 async def our_idleness() -> AsyncIterator[Figures]:
     async with ht.Scheduler(N_WORKERS) as scheduler:
-        scheduler.dispatch([ht.Job(task=_tasks.sleep, args=(600,)) for _ in range(N_WORKERS)])
+        scheduler.dispatch([ht.Job(task=_tasks.sleep, args=(90,)) for _ in range(N_WORKERS)])
         await asyncio.sleep(3)  # for its spare worker to stand
         while True:
             before = _cpu_seconds()
@@ -120,7 +120,7 @@ async def our_idleness() -> AsyncIterator[Figures]:
 
 def dask_idleness() -> Iterator[Figures]:
     with new_dask_client() as client:
-        jobs = client.map(_tasks.sleep, [600.0] * N_WORKERS, pure=False)
+        jobs = client.map(_tasks.sleep, [90.0] * N_WORKERS, pure=False)
         yield from _idlenesses(jobs)
 
 
@@ -130,7 +130,7 @@ def ray_idleness() -> Iterator[Figures]:
     ray.init(num_cpus=N_WORKERS, include_dashboard=False, logging_level="ERROR")
     try:
         sleep = ray.remote(_tasks.sleep)
-        yield from _idlenesses([sleep.remote(600.0) for _ in range(N_WORKERS)])
+        yield from _idlenesses([sleep.remote(90.0) for _ in range(N_WORKERS)])
     finally:
         ray.shutdown()
 
