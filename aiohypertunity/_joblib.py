@@ -182,7 +182,5 @@ class JoblibCallables:
         self._owner.finished(entry, Outcome(Status.CRASHED, error=crashed))
 
 
-def _call_numbered(
-    index: int, function: bytes, payload: bytes, chunk: bool
-) -> tuple[int, _Answer]:
+def _call_numbered(index: int, function: bytes, payload: bytes, chunk: bool) -> tuple[int, _Answer]:
     return index, call_packed(function, payload, chunk)

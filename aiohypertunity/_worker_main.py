@@ -95,7 +95,7 @@ class Streams:
     def _open(self) -> None:
         # Line by line, so that the last words of a process that is killed are there to be read.
         self._python = [
-            open(number, "w", buffering=1, errors="backslashreplace", closefd=False)
+            open(number, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115 - for life
             for number in (1, 2)
         ]
         sys.stdout, sys.stderr = self._python

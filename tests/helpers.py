@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds after which a test gives up on something that should have happened at once."""
 
 
@@ -86,41 +86,38 @@ def driver(text: str, *args: object, cwd: Path | None = None) -> Iterator[subpro
 
 
 @contextlib.asynccontextmanager
-async def ticker(interval: float = 0.001) -> AsyncIterator[list[float]]:
+async def ticker(interval: float = 0.002) -> AsyncIterator[list[float]]:
     """Measures how long the loop is held: seconds by which each tick came too late.
 
-    Less those for which its thread was ready to run and the machine had no CPU for it, and less what
-    the garbage collector has to do with all that the tests before have loaded.
+    Less those for which a thread of ours was ready to run and the machine had no CPU for it (it may
+    have been the one with the interpreter's lock), and less what the garbage collector has to do with
+    all that the tests before have loaded.
     """
     holds: list[float] = []
-    gc.collect()
-    gc.freeze()
-    with open("/proc/thread-self/schedstat", "rb", buffering=0) as statistics:
 
-        def now() -> float:
-            waited = int(os.pread(statistics.fileno(), 100, 0).split()[1])
-            return time.perf_counter() - waited / 1e9
-
-        try:
-            async with _ticking(now, interval, holds):
-                yield holds
-        finally:
-            gc.unfreeze()
-
-
-@contextlib.asynccontextmanager
-async def _ticking(
-    now: Callable[[], float], interval: float, holds: list[float]
-) -> AsyncIterator[None]:
     async def tick() -> None:
         while True:
-            before = now()
+            waited = _waited_for_cpu()
+            before = time.perf_counter()
             await asyncio.sleep(interval)
-            holds.append(now() - before - interval)
+            late = time.perf_counter() - before - interval
+            holds.append(late - max(_waited_for_cpu() - waited, 0))
 
+    gc.collect()
+    gc.freeze()
     task = asyncio.get_running_loop().create_task(tick())
     try:
-        yield
+        yield holds
     finally:
         task.cancel()
         await asyncio.wait([task])
+        gc.unfreeze()
+
+
+def _waited_for_cpu() -> float:
+    """Seconds for which threads of this process were ready to run and didn't, on Linux."""
+    waited = 0
+    for statistics in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):
+            waited += int(statistics.read_text().split()[1])
+    return waited / 1e9

@@ -45,7 +45,8 @@ def imports(path: Path, *, lazy: bool) -> set[str]:
     hidden = {
         id(inner)
         for node in ast.walk(tree)
-        if _is_type_checking(node) or (not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        if _is_type_checking(node)
+        or (not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
         for inner in ast.walk(node)
     }
     depth = len(path.relative_to(PACKAGE).parts)
@@ -56,7 +57,11 @@ def imports(path: Path, *, lazy: bool) -> set[str]:
 
 
 def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
 
 
 def test_every_module_is_on_the_map() -> None:
@@ -86,12 +91,23 @@ def test_lazy_imports_point_up_too(path: Path) -> None:
 def test_what_is_shipped_as_source_stands_alone(name: str) -> None:
     """The standard library only; cloudpickle where it's used."""
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-    top = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    top |= {str(n.module).split(".")[0] for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level}
+    top = {
+        alias.name.split(".")[0]
+        for node in tree.body
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    top |= {
+        str(n.module).split(".")[0]
+        for n in tree.body
+        if isinstance(n, ast.ImportFrom) and not n.level
+    }
     assert top <= set(sys.stdlib_module_names) | {"__future__"}
     relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
     assert not relative
-    anywhere = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    anywhere = {
+        a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+    }
     assert anywhere - set(sys.stdlib_module_names) <= {"cloudpickle"}
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import gc
 import os
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +94,11 @@ async def test_a_result_says_where_and_when(scheduler: Scheduler) -> None:
     assert result.data == result.pid != os.getpid()
     assert result.started_at is not None
     assert result.queued_at <= result.started_at <= result.finished_at
-    assert (result.attempts, result.status, result.host) == (1, Status.SUCCEEDED, os.uname().nodename)
+    assert (result.attempts, result.status, result.host) == (
+        1,
+        Status.SUCCEEDED,
+        os.uname().nodename,
+    )
 
 
 async def test_a_failure_carries_its_cause_and_traceback(scheduler: Scheduler) -> None:
@@ -185,8 +187,15 @@ class TestOutput:
         batch = scheduler.dispatch([Job(tasks.print_from_everywhere, args=(w,)) for w in "abc"])
         for word, handle in zip("abc", batch, strict=True):
             result = await handle
-            assert sorted(result.stdout.splitlines()) == [f"c {word}", f"child {word}", f"python {word}"]
-            assert sorted(result.stderr.splitlines()) == [f"descriptor {word}", f"python err {word}"]
+            assert sorted(result.stdout.splitlines()) == [
+                f"c {word}",
+                f"child {word}",
+                f"python {word}",
+            ]
+            assert sorted(result.stderr.splitlines()) == [
+                f"descriptor {word}",
+                f"python err {word}",
+            ]
 
     async def test_a_flood_is_bounded(self, scheduler: Scheduler) -> None:
         """A result has the last 64 KiB; the disk never much more than what is looked at in between."""
@@ -320,7 +329,10 @@ class TestFunctionsInScripts:
 
     async def test_a_script_that_fails_to_load(self, scheduler: Scheduler, tmp_path: Path) -> None:
         """Or exits at its top: an error that says so, and the scheduler lives."""
-        for text, word in (("import no_such_thing", "no_such_thing"), ("import sys; sys.exit(3)", "3")):
+        for text, word in (
+            ("import no_such_thing", "no_such_thing"),
+            ("import sys; sys.exit(3)", "3"),
+        ):
             path = script(tmp_path / "broken_script.py", f"{text}\ndef f(): pass")
             result = await run(scheduler, f"{path}:f")
             assert not result.ok

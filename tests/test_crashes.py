@@ -58,7 +58,12 @@ class TestDeadWorkers:
         ],
     )
     async def test_only_the_guilty_job_is_harmed(
-        self, scheduler: Scheduler, tmp_path: Path, how: str, number: int | None, exit_code: int | None
+        self,
+        scheduler: Scheduler,
+        tmp_path: Path,
+        how: str,
+        number: int | None,
+        exit_code: int | None,
     ) -> None:
         """It crashed, with signal or exit code; every other job's result arrives and ran once."""
 
@@ -86,7 +91,10 @@ class TestDeadWorkers:
     ) -> None:
         """As it would be in a shared pool."""
         neighbour, bad = scheduler.dispatch(
-            [Job(tasks.gate, args=(str(tmp_path / "gate"), 1)), Job(tasks.end_as, args=("segfault",))]
+            [
+                Job(tasks.gate, args=(str(tmp_path / "gate"), 1)),
+                Job(tasks.end_as, args=("segfault",)),
+            ]
         )
         assert (await bad).status is Status.CRASHED
         (tmp_path / "gate").touch()
@@ -306,7 +314,9 @@ class TestHangs:
 class TestWhatAJobLeavesBehind:
     """The next job on that worker starts clean."""
 
-    async def test_directory_environment_handlers_alarm(self, one: Scheduler, tmp_path: Path) -> None:
+    async def test_directory_environment_handlers_alarm(
+        self, one: Scheduler, tmp_path: Path
+    ) -> None:
         """All as in a fresh worker."""
         fresh = (await run(one, tasks.surroundings)).data
         wrecked = (await run(one, tasks.wreck_surroundings, str(tmp_path))).data
@@ -325,7 +335,9 @@ class TestWhatAJobLeavesBehind:
         assert not (await run(one, wreck_and_fail)).ok
         assert (await run(one, tasks.surroundings)).data == fresh
 
-    async def test_a_directory_that_is_removed_under_it(self, one: Scheduler, tmp_path: Path) -> None:
+    async def test_a_directory_that_is_removed_under_it(
+        self, one: Scheduler, tmp_path: Path
+    ) -> None:
         """The next job isn't left in nowhere."""
 
         def enter_and_remove(path: str) -> None:

@@ -51,7 +51,9 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 def service() -> Starlette:
-    return Starlette(routes=[Route("/doubles", doubles), Route("/forever", forever)], lifespan=lifespan)
+    return Starlette(
+        routes=[Route("/doubles", doubles), Route("/forever", forever)], lifespan=lifespan
+    )
 
 
 def client(app: Starlette) -> httpx.AsyncClient:

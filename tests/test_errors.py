@@ -53,7 +53,9 @@ def test_each_is_public_and_says_what_it_is(kind: type[HypertunityError]) -> Non
     assert kind.__doc__
 
 
-@pytest.mark.parametrize("reproduce", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+@pytest.mark.parametrize(
+    "reproduce", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))]
+)
 @pytest.mark.parametrize("kind", OURS)
 def test_each_survives_a_journey(kind: type[HypertunityError], reproduce) -> None:  # type: ignore[no-untyped-def]
     """Message, attributes and cause are there on the other side."""

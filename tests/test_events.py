@@ -119,7 +119,11 @@ async def test_a_wrong_size(scheduler: Scheduler, maxsize: float) -> None:
 async def test_statistics(tmp_path: Path) -> None:
     """How many wait, run and are over, by how they ended; how busy it was kept."""
     async with Scheduler(n_parallel=1) as scheduler:
-        for task, args in ((tasks.double, (1,)), (tasks.fail, ("no",)), (tasks.end_as, ("os._exit",))):
+        for task, args in (
+            (tasks.double, (1,)),
+            (tasks.fail, ("no",)),
+            (tasks.end_as, ("os._exit",)),
+        ):
             await scheduler.dispatch(Job(task, args=args))[0]
         running, waiting = scheduler.dispatch(
             [Job(tasks.gate, args=(str(tmp_path / "gate"),)), Job(tasks.pid)]
@@ -145,4 +149,9 @@ async def test_statistics(tmp_path: Path) -> None:
 async def test_statistics_before_the_start() -> None:
     """Nothing has happened."""
     stand = Scheduler(n_parallel=3).statistics()
-    assert (stand.n_parallel, stand.n_pending, stand.elapsed_seconds, stand.utilization) == (3, 0, 0.0, 0)
+    assert (stand.n_parallel, stand.n_pending, stand.elapsed_seconds, stand.utilization) == (
+        3,
+        0,
+        0.0,
+        0,
+    )

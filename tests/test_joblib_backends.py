@@ -162,7 +162,9 @@ class TestWhatIsRefused:
 async def test_a_crash_may_take_neighbours() -> None:
     """But nothing hangs, each is told, and the scheduler goes on."""
     async with Scheduler(n_parallel=2, backend="loky") as scheduler:
-        batch = scheduler.dispatch([Job(tasks.end_as, args=("os._exit",)), Job(tasks.double, args=(1,))])
+        batch = scheduler.dispatch(
+            [Job(tasks.end_as, args=("os._exit",)), Job(tasks.double, args=(1,))]
+        )
         with anyio.fail_after(2 * PATIENCE):
             first, second = [await handle for handle in batch]
             assert isinstance(first.error, JobCrashed)

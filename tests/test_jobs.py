@@ -196,7 +196,9 @@ def test_replace_makes_another_job() -> None:
         job.replace(args=())
 
 
-@pytest.mark.parametrize("task", [tasks.pid, lambda: 3, functools.partial(tasks.add, 1), "os:getpid"])
+@pytest.mark.parametrize(
+    "task", [tasks.pid, lambda: 3, functools.partial(tasks.add, 1), "os:getpid"]
+)
 def test_jobs_survive_pickle_copy_repr_and_asdict(task: Any) -> None:
     """Lambdas included; what comes back from a pickle is the same job, and registers nothing."""
     job = Job(task, id="kept", timeout=3, env={"A": "1"})

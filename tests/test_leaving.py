@@ -49,7 +49,7 @@ KINDS = ("callable", "grandchild", "script", "deaf")
 
 def running_driver(tmp_path: Path):  # type: ignore[no-untyped-def]
     script(tmp_path / "script.sh", 'echo $$ > "$1"; sleep 600')
-    script(tmp_path / "deaf.sh", "trap '' TERM INT\n" 'echo $$ > "$1"; while :; do sleep 0.05; done')
+    script(tmp_path / "deaf.sh", "trap '' TERM INT\necho $$ > \"$1\"; while :; do sleep 0.05; done")
     text = DRIVER.format(tests=str(Path(__file__).parent))
     return driver(text, tmp_path)
 
@@ -103,7 +103,9 @@ def test_driver_and_guardian_are_killed(tmp_path: Path) -> None:
         threads = Path(f"/proc/{process.pid}/task").glob("*/children")
         children = [pid for thread in threads for pid in thread.read_text().split()]
         (guardian,) = [
-            int(pid) for pid in children if b"_guardian.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            int(pid)
+            for pid in children
+            if b"_guardian.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         os.kill(guardian, signal.SIGSTOP)
         process.kill()

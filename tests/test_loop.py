@@ -101,6 +101,9 @@ class TestEagerTasks:
                 scheduler.dispatch([Job(tasks.double, args=(1,)), Job("true")])
                 results: list[Any] = [r.data async for r in scheduler.collect(ordered=True)]
                 assert results == [2, None]
-                assert [v async for v in scheduler.map(tasks.double, [1, 2], ordered=True)] == [2, 4]
+                assert [v async for v in scheduler.map(tasks.double, [1, 2], ordered=True)] == [
+                    2,
+                    4,
+                ]
         finally:
             loop.set_task_factory(before)

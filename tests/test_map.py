@@ -34,7 +34,9 @@ def nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 @pytest.mark.parametrize("ordered", [True, False])
 async def test_values(scheduler: Scheduler, chunk: Any, ordered: bool) -> None:
     """Each input's value, once; `ordered`, in their order."""
-    found = [v async for v in scheduler.map(tasks.double, range(1000), ordered=ordered, chunk=chunk)]
+    found = [
+        v async for v in scheduler.map(tasks.double, range(1000), ordered=ordered, chunk=chunk)
+    ]
     assert (found if ordered else sorted(found)) == [2 * i for i in range(1000)]
 
 
@@ -156,7 +158,9 @@ async def test_closing_one(scheduler: Scheduler) -> None:
     await asyncio.wait([waiting])
     await values.aclose()
     with anyio.fail_after(PATIENCE):
-        await until(lambda: scheduler.statistics().n_running + scheduler.statistics().n_pending == 0)
+        await until(
+            lambda: scheduler.statistics().n_running + scheduler.statistics().n_pending == 0
+        )
     assert [v async for v in values] == []
 
 

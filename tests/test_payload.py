@@ -84,7 +84,9 @@ def test_calls_of_every_kind(function: Any, args: Any, value: Any) -> None:
     assert there_and_back(function, args) == (VALUE, value)
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()]
+)
 def test_whatever_a_call_raises_is_caught(error: BaseException) -> None:
     """And travels with its traceback, which shows no frame of ours."""
 

@@ -89,7 +89,9 @@ async def test_more_cpus(tmp_path: Path) -> None:
         first, second = scheduler.dispatch(gates)
         big = Job(tasks.environ, args=("OMP_NUM_THREADS",), meta={"resources": {"cpu": 2}})
         (wide,) = scheduler.dispatch(big)
-        small = scheduler.dispatch([Job(tasks.environ, args=("OMP_NUM_THREADS",)) for _ in range(5)])
+        small = scheduler.dispatch(
+            [Job(tasks.environ, args=("OMP_NUM_THREADS",)) for _ in range(5)]
+        )
         await first.wait_started()
         (tmp_path / "gate0").touch()
         await first

@@ -89,9 +89,15 @@ class TestResults:
     @pytest.mark.parametrize(
         ("text", "data"),
         [
-            ("import pickle, sys; pickle.dump({'a': (1, 2)}, open(sys.argv[-1], 'wb'))", {"a": (1, 2)}),
+            (
+                "import pickle, sys; pickle.dump({'a': (1, 2)}, open(sys.argv[-1], 'wb'))",
+                {"a": (1, 2)},
+            ),
             ("import json, sys; json.dump({'a': [1, 2]}, open(sys.argv[-1], 'w'))", {"a": [1, 2]}),
-            ("import pickle, sys; pickle.dump(b'x' * (3 << 20), open(sys.argv[-1], 'wb'))", b"x" * (3 << 20)),
+            (
+                "import pickle, sys; pickle.dump(b'x' * (3 << 20), open(sys.argv[-1], 'wb'))",
+                b"x" * (3 << 20),
+            ),
             ("", None),
             ("import sys; print('only text', file=sys.stderr)", None),
         ],
@@ -141,7 +147,9 @@ class TestResults:
     async def test_json_by_its_ending(self, scheduler: Scheduler, tmp_path: Path) -> None:
         """A path that ends in .json can only be JSON."""
         text = "import sys, pickle; pickle.dump(1, open(sys.argv[2], 'wb'))"
-        result = await run(scheduler, script(tmp_path / "s.py", text), {"output_file": tmp_path / "o.json"})
+        result = await run(
+            scheduler, script(tmp_path / "s.py", text), {"output_file": tmp_path / "o.json"}
+        )
         assert isinstance(result.error, ResultLost)
         assert "JSON" in str(result.error)
 
@@ -194,10 +202,14 @@ class TestFailures:
         """`JobCrashed` with its number."""
         result = await run(scheduler, script(tmp_path / "s.sh", "echo last; kill -SEGV $$"))
         assert isinstance(result.error, JobCrashed)
-        assert (result.error.signal, result.signal, result.exit_code) == (signal.SIGSEGV,) * 2 + (None,)
+        assert (result.error.signal, result.signal, result.exit_code) == (signal.SIGSEGV,) * 2 + (
+            None,
+        )
         assert "last" in str(result.error)
 
-    async def test_missing_or_not_executable_by_now(self, scheduler: Scheduler, tmp_path: Path) -> None:
+    async def test_missing_or_not_executable_by_now(
+        self, scheduler: Scheduler, tmp_path: Path
+    ) -> None:
         """It was there when the job was made."""
         gone = script(tmp_path / "gone", "#!/bin/sh\n", mode=0o755)
         locked = script(tmp_path / "locked", "#!/bin/sh\n", mode=0o755)
@@ -253,9 +265,7 @@ class TestEnding:
         """Also those with a session of their own: gone when the result is there."""
         path = script(tmp_path / "s.py", self.HANG)
         timeout = 1.5 if how == "timeout" else None
-        (handle,) = scheduler.dispatch(
-            Job(path, args=(tmp_path / "pid", session), timeout=timeout)
-        )
+        (handle,) = scheduler.dispatch(Job(path, args=(tmp_path / "pid", session), timeout=timeout))
         grandchild = await asyncio.to_thread(number_in, tmp_path / "pid")
         if how == "cancel":
             handle.cancel()
@@ -299,7 +309,9 @@ class TestEnding:
         grandchild = number_in(tmp_path / "pid")
         await until(lambda: not is_alive(grandchild), 2)
 
-    async def test_cancelled_while_it_is_started(self, scheduler: Scheduler, tmp_path: Path) -> None:
+    async def test_cancelled_while_it_is_started(
+        self, scheduler: Scheduler, tmp_path: Path
+    ) -> None:
         """In every turn of the loop: nothing hangs, nothing is left."""
         path = script(tmp_path / "s.sh", "sleep 600")
         for turns in range(12):

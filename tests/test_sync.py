@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import tasks
-from helpers import PATIENCE, driver, is_alive, wait_until
+from helpers import PATIENCE, driver, is_alive, number_in, wait_until
 
 import aiohypertunity
 from aiohypertunity import (
@@ -54,7 +54,8 @@ def public(kind: type) -> dict[str, Any]:
         name: value
         for base in (object, kind)
         for name, value in vars(base).items()
-        if not name.startswith("_") and (callable(value) or isinstance(value, property))
+        if not name.startswith("_")
+        and (callable(value) or isinstance(value, property))
         and not (kind is aiohypertunity.Scheduler and name in vars(Owner))  # for its executors
     }
 
@@ -247,7 +248,9 @@ def test_threads_share_one() -> None:
             jobs = [Job(tasks.add, args=(100 * k, i)) for i in range(10)]
             return [r.data for r in scheduler.dispatch(jobs, private=True).collect()]
 
-        assert list(threads.map(use, range(4))) == [[100 * k + i for i in range(10)] for k in range(4)]
+        assert list(threads.map(use, range(4))) == [
+            [100 * k + i for i in range(10)] for k in range(4)
+        ]
 
 
 def test_schedulers_in_many_threads() -> None:
@@ -347,34 +350,39 @@ def test_ctrl_c_ends_a_script(tmp_path: Path, n_times: int) -> None:
     with driver(text, tmp_path, Path(__file__).parent) as process:
         assert process.stdout is not None
         directory = process.stdout.readline().strip()
-        wait_until((tmp_path / "pid").exists)
+        worker = number_in(tmp_path / "pid")
         for _ in range(n_times):
             os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=PATIENCE)
-    wait_until(lambda: not is_alive(int((tmp_path / "pid").read_text())), 2)
+    wait_until(lambda: not is_alive(worker), 2)
     wait_until(lambda: not os.path.exists(directory), 2)
     assert stderr.rstrip().endswith("KeyboardInterrupt")
     assert "tasks.py" not in stderr
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_in_a_real_notebook(tmp_path: Path) -> None:
+def test_in_a_real_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start in one cell, use it in others, close it in the last; functions defined in cells."""
     import nbformat
     from nbclient import NotebookClient
 
     cells = [
-        "from aiohypertunity import Job\nfrom aiohypertunity.sync import Scheduler\n"
-        "scheduler = Scheduler(n_parallel=2).start()",
+        (
+            "from aiohypertunity import Job\nfrom aiohypertunity.sync import Scheduler\n"
+            "scheduler = Scheduler(n_parallel=2).start()"
+        ),
         "offset = 40\ndef shift(x):\n    print('shifting')\n    return x + offset",
         "batch = scheduler.dispatch([Job(shift, args=(x,)) for x in range(3)])",
         "[r.data for r in scheduler.collect(timeout=30)]",
-        "import aiohypertunity\n"
-        "async with aiohypertunity.Scheduler(n_parallel=1) as other:\n"
-        "    other.dispatch(Job(shift, args=(5,)))\n"
-        "    async for result in other.collect():\n        print(result.data)",
+        (
+            "import aiohypertunity\n"
+            "async with aiohypertunity.Scheduler(n_parallel=1) as other:\n"
+            "    other.dispatch(Job(shift, args=(5,)))\n"
+            "    async for result in other.collect():\n        print(result.data)"
+        ),
         "scheduler.close()",
     ]
+    monkeypatch.setenv("PYTHONPATH", str(Path(aiohypertunity.__file__).parent.parent))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute(cwd=str(tmp_path))
     assert notebook.cells[3].outputs[0]["data"]["text/plain"] == "[40, 41, 42]"
