@@ -14,7 +14,7 @@ import aiohypertunity as ht
 from ._harness import N_WORKERS, Figures, Row, Stopwatch, amount, benchmark, in_turns
 
 N_SCRIPTS = 60
-N_STARTS = 10
+N_STARTS = 5
 
 
 @benchmark

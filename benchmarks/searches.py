@@ -15,7 +15,7 @@ from ._harness import N_WORKERS, Figures, Row, Stopwatch, benchmark, in_turns
 SECONDS = 3.0
 BATCH = 4 * N_WORKERS
 N_SLOTS = 4
-N_MIXED = 2_000
+N_MIXED = 1_000
 
 
 # --- ask and tell ------------------------------------------------------------------------------
