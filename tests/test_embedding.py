@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import tasks
-from helpers import ticker, until
+from helpers import give_up_if_crowded, ticker, until
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -108,4 +108,5 @@ async def test_the_loop_is_never_held() -> None:
         worst.append(max(holds))
         if worst[-1] < 0.02:
             return
+    give_up_if_crowded()
     pytest.fail(f"the loop was held for {min(worst):.3f} s at the least")

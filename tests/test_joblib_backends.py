@@ -87,6 +87,7 @@ async def test_functions_and_scripts(backend: str, tmp_path: Path) -> None:
         assert found == [2 * i for i in range(20)]
 
 
+@pytest.mark.filterwarnings("ignore:.apply_async. is deprecated:DeprecationWarning")  # joblib 1.5's
 async def test_dask() -> None:
     """Against a real cluster: the road past one machine."""
     from distributed import Client, LocalCluster
@@ -95,7 +96,7 @@ async def test_dask() -> None:
 
     def start() -> Any:
         cluster = LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
         )
         return cluster, Client(cluster)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tasks
 import uvloop
-from helpers import script, ticker
+from helpers import give_up_if_crowded, script, ticker
 
 from aiohypertunity import Job, Scheduler
 
@@ -50,6 +50,7 @@ def test_the_loop_is_never_held(runner: str, tmp_path: Path) -> None:
         worst.append(RUNNERS[runner](measured()))
         if worst[-1] < LONGEST:
             return
+    give_up_if_crowded()
     pytest.fail(f"the loop was held for {min(worst):.3f} s at the least")
 
 
