@@ -28,7 +28,7 @@ _LAST_LINES = 10
 
 
 def last_lines(*streams: str) -> str:
-    """The end of what a job wrote, as the end of a message: empty if it was silent."""
+    """The end of each of a job's streams, as the end of a message: empty if it was silent."""
     ends = [stream.rstrip().splitlines()[-_LAST_LINES:] for stream in streams]
     lines = [line for end in ends for line in end]
     return (
