@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import inspect
 import io
 import logging
@@ -30,6 +29,7 @@ import socket
 import tarfile
 import tempfile
 import time
+import zlib
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,7 +54,7 @@ _LOG = logging.getLogger("aiohypertunity.ssh")
 _CHANNELS = 8
 """Channels at a time: sshd allows ten by default."""
 
-_KEEPALIVE, _KEEPALIVES = 10.0, 3
+_KEEPALIVE, _KEEPALIVES = 15.0, 3
 """Seconds between signs of life when nothing else comes, and how many may be missing."""
 
 _CONNECT, _LOGIN, _TYPING = 10.0, 30.0, 120.0
@@ -95,12 +95,11 @@ class SSH:
 
     async def run(self, command: str, *, stdin: str = "", timeout: float) -> Done:
         """As `Transport.run`. What it takes to have a channel doesn't count for `timeout`."""
-        said = await self._exchange(command, lambda: _once(stdin.encode()), timeout)
-        return Done(
-            said.status,
-            said.stdout.decode(errors="replace"),
-            said.stderr.decode(errors="replace"),
-        )
+        feed = (lambda: _once(stdin.encode())) if stdin else None
+        said = await self._exchange(command, feed, timeout, frame=_in_one_piece)
+        stdout, _, words = said.stdout.rpartition(f"\n{self._mark} stderr\n".encode())
+        stderr, _, status = words.rpartition(b"\n")
+        return Done(int(status), stdout.decode(errors="replace"), stderr.decode(errors="replace"))
 
     async def put(self, files: Mapping[str, Content]) -> None:
         """As `Transport.put`."""
@@ -159,22 +158,22 @@ class SSH:
     async def _bring(self, part: _Part) -> bool:
         """Brings what is missing of a file; says whether the whole is right."""
         path = shlex.quote(part.path)
-        summing = asyncio.ensure_future(self._exchange(_SUM.format(path=path)))
+        summing = asyncio.ensure_future(self._exchange(f"cksum <{path}"))
         try:
             await self._receive(part, f"tail -c +{part.size + 1} {path}")
             words = (await summing).stdout.split()
         finally:
             summing.cancel()
             await asyncio.wait([summing])
-        return not words or words[0].decode() == part.digest
+        return words == [b"%d" % part.checksum, b"%d" % part.size]
 
     async def _receive(self, part: _Part, command: str) -> None:
         """Appends to a file what a command says."""
         begin, end = f"\n{self._mark}\n".encode(), f"\n{self._mark} 0\n".encode()
         async with self._channel(_marked(command, self._mark)) as process:
             held = await self._read_until(process, begin)
-            while piece := await self._read_piece(process):
-                held += piece
+            while block := await self._read_block(process):
+                held += block
                 # What may be the mark at the end stays behind.
                 await in_thread(part.append, held[: -len(end)])
                 held = held[-len(end) :]
@@ -193,6 +192,14 @@ class SSH:
                 raise self._muted(process, seen)
             seen += piece
         return seen.partition(mark)[2]
+
+    async def _read_block(self, process: _Process) -> bytes:
+        """Reads so much that it's worth a thread's while; nothing at the end."""
+        pieces, size = [], 0
+        while size < _PIECE and (piece := await self._read_piece(process)):
+            pieces.append(piece)
+            size += len(piece)
+        return b"".join(pieces)
 
     async def _read_piece(self, process: _Process) -> bytes:
         try:
@@ -221,16 +228,18 @@ class SSH:
     async def _exchange(
         self,
         command: str,
-        stdin: Callable[[], AsyncIterator[bytes]] = lambda: _once(b""),
+        stdin: Callable[[], AsyncIterator[bytes]] | None = None,
         timeout: float | None = None,
+        *,
+        frame: Callable[..., str] | None = None,
     ) -> _Said:
         """Runs a command; again, if its channel was dropped before it began."""
-        script = _marked(command, self._mark)
+        script = (frame or _marked)(command, self._mark, with_stdin=stdin is not None)
         while True:
             async with self._channel(script) as process:
                 try:
                     async with asyncio.timeout(timeout):
-                        return await self._talk(process, stdin())
+                        return await self._talk(process, stdin and stdin())
                 except TimeoutError:
                     if not await self._link.answers():
                         raise LinkLost(f"{self.host} doesn't answer") from None
@@ -255,12 +264,13 @@ class SSH:
         n_refused = 0
         while True:
             await self._slots.acquire(give_way)
+            connection = None
             try:
                 connection = await self._link.connection()
                 return await connection.create_process(command, encoding=None)
             except asyncssh.ChannelOpenError as error:
                 self._slots.release(give_way)
-                if self._link.is_down:
+                if connection is None or connection.is_closed():
                     raise LinkLost(f"the link to {self.host} failed: {error}") from error
                 n_refused += 1
                 if n_refused > 1:
@@ -276,7 +286,7 @@ class SSH:
                 self._slots.release(give_way)
                 raise
 
-    async def _talk(self, process: _Process, stdin: AsyncIterator[bytes]) -> _Said:
+    async def _talk(self, process: _Process, stdin: AsyncIterator[bytes] | None) -> _Said:
         try:
             # In this order: whoever is fed must be listened to.
             feeding = asyncio.ensure_future(_feed(process, stdin))
@@ -316,7 +326,6 @@ if TYPE_CHECKING:
 
 _PATIENCE = 20
 """How many times in a row a channel may be refused."""
-
 
 _MUTE = 5
 """How many in a row may be dropped before they begin."""
@@ -484,7 +493,7 @@ class _Link:
         self._was_up = False
         self._is_closing = False
         self._slow = False
-        self.unknown_key: asyncssh.SSHKey | None = None
+        self.unknown: tuple[str, int, asyncssh.SSHKey] | None = None
         self.secret_given = "password" in options
 
     @property
@@ -540,7 +549,7 @@ class _Link:
 
     async def _connect(self) -> asyncssh.SSHClientConnection:
         await asyncio.sleep(self._pause())
-        self.unknown_key = None
+        self.unknown = None
         try:
             connection = await asyncssh.connect(
                 self._address.host, client_factory=self._client, **self._options
@@ -587,17 +596,15 @@ class _Link:
         return TransportError(f"can't log in to {where}: {error}")
 
     def _unknown(self, error: asyncssh.HostKeyNotVerifiable) -> str:
-        host, port = self._address.host, self._address.port or self._options.get("port", 22)
+        if self.unknown is None:
+            return f"{error}: known_hosts must have its key, as for ssh itself"
+        host, port, key = self.unknown
         name = host if port == 22 else f"[{host}]:{port}"
-        scan = f"ssh-keyscan -p {port} {host} >> ~/.ssh/known_hosts"
-        if self.unknown_key is None:
-            return f"{error}: known_hosts must have its key ({scan})"
-        key = self.unknown_key
-        line = f"{name} {key.export_public_key().decode().strip()}"
         return (
             f"the key of {name} isn't in known_hosts, so it may be anybody's. If its fingerprint "
             f"{key.get_fingerprint()} is the one that its owners give, add this line to "
-            f"~/.ssh/known_hosts ({scan} does it, too):\n{line}"
+            f"~/.ssh/known_hosts (ssh-keyscan -p {port} {host} prints it, too):\n"
+            f"{name} {key.export_public_key().decode().strip()}"
         )
 
     def _client(self) -> asyncssh.SSHClient:
@@ -659,7 +666,7 @@ class _Client:
     def validate_host_public_key(
         self, host: str, addr: str, port: int, key: asyncssh.SSHKey
     ) -> bool:
-        self._link.unknown_key = key
+        self._link.unknown = host, port, key
         return self._inner.validate_host_public_key(host, addr, port, key)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -711,10 +718,30 @@ def _for_any_shell(script: str) -> str:
     return f"""exec /bin/sh -c 'eval "$(printf %b "$1")"' sh '{coded.decode()}'"""
 
 
-def _marked(command: str, mark: str) -> str:
+def _marked(command: str, mark: str, *, with_stdin: bool = False) -> str:
     """A script that says what a command says between marks, the second with its exit status."""
     begin = f"printf '\\n{mark}\\n'"
-    return f"{begin}; {begin} >&2\n(\n{command}\n)\nprintf '\\n{mark} %s\\n' $?"
+    # No stdin needs no end, which would be a message.
+    stdin = "" if with_stdin else " </dev/null"
+    return f"{begin}; {begin} >&2\n(\n{command}\n){stdin}\nprintf '\\n{mark} %s\\n' $?"
+
+
+def _in_one_piece(command: str, mark: str, *, with_stdin: bool = False) -> str:
+    """The same for text, with its stderr and status behind it, said at the end and at once.
+
+    Each piece would be a message of its own.
+    """
+    stdin = "" if with_stdin else " </dev/null"
+    return f"""\
+said=$({{
+err=$( (
+{command}
+) 2>&1 >&3 3>&-{stdin})
+status=$?
+printf '\\n{mark} stderr\\n%s\\n%s' "$err" "$status"
+}} 3>&1)
+printf '\\n{mark}\\n%s\\n{mark} 0\\n' "$said"
+"""
 
 
 def _get_command(paths: Sequence[str], last: Mapping[str, int]) -> str:
@@ -745,23 +772,24 @@ done
 :"""
 
 
-_SUM = "sha256sum <{path} 2>/dev/null || shasum -a 256 <{path} 2>/dev/null || :"
-
-
 async def _once(content: bytes) -> AsyncIterator[bytes]:
     yield content
 
 
-async def _feed(process: _Process, stdin: AsyncIterator[bytes]) -> None:
+async def _feed(process: _Process, stdin: AsyncIterator[bytes] | None) -> None:
+    if stdin is None:
+        return
     try:
         async for piece in stdin:
             process.stdin.write(piece)
             await process.stdin.drain()
-        process.stdin.write_eof()
     except _TROUBLE as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise TransportError(f"can't read {error.filename}: {error.strerror}") from error
         # Else it stopped listening: what it said tells why.
+    finally:
+        with contextlib.suppress(*_TROUBLE):
+            process.stdin.write_eof()
 
 
 async def _end(process: _Process) -> None:
@@ -841,7 +869,7 @@ class _Part:
     def restart(self) -> None:
         """Forgets what has come."""
         self.size = 0
-        self._sum = hashlib.sha256()
+        self._crc = 0xFFFFFFFF
         with open(self.here, "wb", opener=_private):
             pass
 
@@ -851,12 +879,20 @@ class _Part:
             file.seek(self.size)
             file.write(piece)
         # After it is written: what fails in between comes again.
-        self._sum.update(piece)
+        self._crc = zlib.crc32(piece.translate(_REVERSED), self._crc)
         self.size += len(piece)
 
     @property
-    def digest(self) -> str:
-        return self._sum.hexdigest()
+    def checksum(self) -> int:
+        """What POSIX's `cksum` says of it."""
+        n_bytes = (self.size.bit_length() + 7) // 8
+        size = self.size.to_bytes(n_bytes, "little").translate(_REVERSED)
+        return int(f"{zlib.crc32(size, self._crc):032b}"[::-1], 2)
+
+
+# The CRC of cksum is that of zlib with the bits of each byte, and of the sum, the other way round; it
+# begins with 0 instead of ones, and ends with the length.
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _private(path: str, flags: int) -> int:
