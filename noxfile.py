@@ -22,15 +22,23 @@ OLDEST_JOBLIB = next(
     for line in PROJECT["project"]["dependencies"]
     if line.startswith("joblib")
 )
-DEBIAN_PACKAGES = ("slurm-wlm", "slurmdbd", "mariadb-server", "munge", "openssh-server", "iproute2")
+DEBIAN_PACKAGES = {  # and a program of each
+    "slurm-wlm": "slurmctld",
+    "slurmdbd": "slurmdbd",
+    "mariadb-server": "mariadbd",
+    "munge": "munged",
+    "openssh-server": "sshd",
+    "iproute2": "ip",
+    "tcsh": "tcsh",
+    "fish": "fish",
+}
 
 
 def works(python: str) -> bool:
     """Whether a command is a Python that runs: pyenv's shims exist for versions that aren't active."""
-    command = [python, "-c", ""]
-    return (
-        bool(shutil.which(python)) and not subprocess.run(command, capture_output=True).returncode
-    )  # noqa: PLW1510
+    if not shutil.which(python):
+        return False
+    return subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0
 
 
 def find_pythons() -> None:
@@ -99,7 +107,8 @@ def types(session: nox.Session) -> None:
 
 def install_slurm(session: nox.Session) -> None:
     """Installs Debian's Slurm where that is possible and needed; its daemons are not started."""
-    if all(map(shutil.which, ("slurmctld", "slurmdbd", "munged", "sshd", "ip"))):
+    os.environ["PATH"] += f"{os.pathsep}/usr/sbin{os.pathsep}/sbin"
+    if all(map(shutil.which, DEBIAN_PACKAGES.values())):
         return
     line = f"apt-get install -y --no-install-recommends {' '.join(DEBIAN_PACKAGES)}"
     if sys.platform != "linux" or os.getuid() != 0 or not shutil.which("apt-get"):

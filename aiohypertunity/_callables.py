@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _failures
+from ._errors import ResultLost
 from ._results import Outcome, Status
 from ._threads import in_thread
 from ._workers import Death, Reply, WorkerProcess
 
 if TYPE_CHECKING:
     from ._calls import Call
-    from ._errors import JobCrashed
+    from ._errors import JobCrashed, JobFailed
     from ._jobs import Job
     from ._ledger import Entry, Grant, Owner
     from ._rundir import RunDirectory
@@ -43,6 +44,11 @@ _STREAM = 0.002
 """Seconds of work to keep ahead in a worker."""
 
 _MOST_AHEAD = 48
+
+_NAMES_SOMETHING = 20
+"""Bytes below which no pickle names a class or function."""
+
+_MOST_REMEMBERED = 1000
 _SWEEP = 0.005
 _SPARE_AFTER = 1.0
 _LEAVE = 1.0
@@ -81,6 +87,7 @@ class IsolatedCallables:
         self._sweeping: asyncio.TimerHandle | None = None
         self._sparing: asyncio.TimerHandle | None = None
         self._n_start_failures = 0
+        self._read_before: set[bytes] = set()
         self._loading: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._host = socket.gethostname()
@@ -91,7 +98,13 @@ class IsolatedCallables:
         """Runs it in an idle worker that fits, or in a new one."""
         worker = self._worker_for(self._key(entry))
         entry.place = worker
-        worker.send(entry)
+        try:
+            if not worker.send(entry):
+                raise OSError("there is no room for it in its worker's socket")
+        except OSError:
+            entry.place = None
+            self._idle.append(worker)
+            raise
         self._watch_starts()
 
     def stop(self, entry: Entry) -> None:
@@ -230,16 +243,36 @@ class IsolatedCallables:
                 self._owner.handed_over(reply.entry, worker.calls[0])
             elif not worker.retired:
                 self._idle.append(worker)
-            if reply.kind == b"O":
+            if reply.kind == b"O" or self._may_import(reply):
                 task = self._loop.create_task(self._fetch(worker.pid, reply))
                 self._loading.add(task)
                 task.add_done_callback(self._loading.discard)
             else:
                 self._finish(worker.pid, reply, *_unpack(reply))
 
+    def _may_import(self, reply: Reply) -> bool:
+        """Whether reading a reply may import modules, which takes its time.
+
+        Once one of a function's has been read, what others need is there.
+        """
+        if len(reply.body) < _NAMES_SOMETHING or reply.entry.call.function in self._read_before:
+            return False
+        return pickle.STACK_GLOBAL in bytes(reply.body)
+
     async def _fetch(self, pid: int | None, reply: Reply) -> None:
-        """A long reply, read and unpickled in a thread."""
-        unpacked, outcome = await in_thread(_fetched, reply)
+        """A reply that is long, or needs modules, read and unpickled in a thread."""
+        try:
+            unpacked, outcome = await in_thread(_fetched, reply)
+        except Exception as error:
+            lost = ResultLost(
+                f"the result of {_failures.name(reply.entry.job)} can't be read: {error}",
+                job=reply.entry.job,
+            )
+            unpacked = reply.kind, b"", [], b"", b""
+            outcome = Outcome(Status.FAILED, error=lost)
+        if len(self._read_before) > _MOST_REMEMBERED:
+            self._read_before.clear()
+        self._read_before.add(reply.entry.call.function)
         self._finish(pid, reply, *unpacked, outcome)
 
     def _finish(
@@ -293,7 +326,7 @@ class IsolatedCallables:
         unstarted = death.unstarted
         if death.guilty is not None:
             self._report_crash(worker, death, death.guilty)
-        elif unstarted and self._n_start_failures >= _START_FAILURES:
+        elif unstarted and self._n_start_failures >= _START_FAILURES - 1:
             self._report_crash(worker, death, unstarted.pop(0))
         elif unstarted:
             self._n_start_failures += 1
@@ -301,8 +334,10 @@ class IsolatedCallables:
 
     def _report_crash(self, worker: WorkerProcess, death: Death, entry: Entry) -> None:
         job, output = entry.job, (death.stdout, death.stderr)
-        if death.in_need and death.signal:
-            error: JobCrashed = _failures.out_of_memory(job, *output, signal=death.signal)
+        if death.exit_code is None and death.signal is None:
+            error: JobFailed | JobCrashed = _failures.not_started(job, OSError(death.stderr))
+        elif death.in_need and death.signal:
+            error = _failures.out_of_memory(job, *output, signal=death.signal)
         else:
             error = _failures.crashed(job, *output, exit_code=death.exit_code, signal=death.signal)
         entry.place = None
@@ -335,11 +370,12 @@ def _unpack(reply: Reply) -> _Unpacked:
 
 
 def _fetched(reply: Reply) -> tuple[_Unpacked, Outcome]:
-    kind, path = pickle.loads(reply.body)  # noqa: S301 - by our worker
-    with open(path, "rb") as file:
-        body = memoryview(file.read())
-    os.unlink(path)
-    unpacked = _unpack(reply._replace(kind=kind, body=body))
+    if reply.kind == b"O":
+        kind, path = pickle.loads(reply.body)  # noqa: S301 - by our worker
+        with open(path, "rb") as file:
+            reply = reply._replace(kind=kind, body=memoryview(file.read()))
+        os.unlink(path)
+    unpacked = _unpack(reply)
     return unpacked, _failures.from_reply(reply.entry.job, *unpacked[:3])
 
 

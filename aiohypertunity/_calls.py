@@ -15,9 +15,12 @@ from ._jobs import Args, FunctionRef, Job, ScriptRef
 from ._payload import PACKET, PLAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ._errors import PayloadError
+
+_DEPTH = 2
+"""How many levels of packages beside a script are looked at for what was edited."""
 
 ScriptKey: TypeAlias = "tuple[str, ...]"
 
@@ -42,11 +45,13 @@ class PackedFunction:
     Attributes:
         blob: The function blob.
         shared: The files of its large buffers.
+        stored: The file with the blob itself, if it's long.
         script: Identity and content of the script that it is taken from; None if it isn't.
     """
 
     blob: bytes
     shared: tuple[SharedFile, ...] = ()
+    stored: SharedFile | None = None
     script: ScriptKey | None = None
 
 
@@ -203,11 +208,14 @@ class Packer:
         self._written = []
         try:
             blob, _ = _payload.pack_function(target, self._write)
+            shared = tuple(self._written)
+            is_long = self._store is not None and len(blob) > PACKET
+            stored = SharedFile(self._store(memoryview(blob))) if self._store and is_long else None
         except _payload.Unpicklable as error:
             return error
         except OSError as error:
             return _payload.Unpicklable("the function", _no_room(error))
-        return PackedFunction(blob, tuple(self._written))
+        return PackedFunction(blob, shared, stored)
 
     @property
     def _write(self) -> Callable[[memoryview], str] | None:
@@ -237,15 +245,19 @@ def _named_function(target: FunctionRef) -> PackedFunction | _payload.Unpicklabl
 
 
 def _content(path: str) -> ScriptKey:
-    """The state of a script and of the modules beside it: another one calls for a fresh worker."""
-    directory = os.path.dirname(path)
-    with os.scandir(directory) as found:
-        files = sorted(
-            f"{file.name}:{file.stat().st_mtime_ns}:{file.stat().st_size}"
-            for file in found
-            if file.name.endswith(".py") and file.is_file()
-        )
-    return (path, *files)
+    """The state of a script and of the modules near it: another one calls for a fresh worker."""
+    return (path, *sorted(_modules_in(os.path.dirname(path), _DEPTH)))
+
+
+def _modules_in(directory: str, depth: int) -> Iterator[str]:
+    """The modules that can be imported from a directory, each with its state."""
+    with contextlib.suppress(OSError), os.scandir(directory) as found:
+        for file in found:
+            if file.name.endswith(".py") and file.is_file():
+                stat = file.stat()
+                yield f"{file.path}:{stat.st_mtime_ns}:{stat.st_size}"
+            elif depth and file.name.isidentifier() and file.is_dir(follow_symlinks=False):
+                yield from _modules_in(file.path, depth - 1)
 
 
 def present_directory() -> str | None:

@@ -46,6 +46,10 @@ class Capture:
             self._timer.cancel()
             self._timer = None
 
+    def forget(self) -> None:
+        """What was cut off belongs to a call that is over."""
+        self._cut_off = [b"", b""]
+
     def _look(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
         sizes = [self._cut(index) for index in (0, 1)]
         grown, self._size = sum(sizes) - self._size, sum(sizes)

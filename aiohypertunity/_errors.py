@@ -24,7 +24,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ._jobs import Job
 
@@ -32,12 +32,33 @@ if TYPE_CHECKING:
 class HypertunityError(Exception):
     """The root: `except HypertunityError` catches whatever this package raises of its own."""
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # The default drops the cause, and the cause of a JobFailed is what the user's task raised; the
-        # cause of that, which the default drops as well, is its traceback.
+    def __copy__(self) -> HypertunityError:
         cause = self.__cause__
         root = None if cause is None else cause.__cause__
-        return _rebuild, (type(self), self.args, self.__dict__, cause, root)
+        return _rebuild(type(self), self.args, self.__dict__, cause, root)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default drops the cause, and the cause of a JobFailed is what the user's task raised; the
+        # cause of that, which the default drops as well, is its traceback. By cloudpickle: the class of
+        # what was raised may be one that can't be imported.
+        import pickle
+
+        import cloudpickle
+
+        cause = self.__cause__
+        root = None if cause is None else cause.__cause__
+        causes = cloudpickle.dumps((cause, root))
+        return _unpickle, (type(self), self.args, self.__dict__, pickle.loads, causes)
+
+
+def _unpickle(
+    kind: type[HypertunityError],
+    args: tuple[object, ...],
+    state: dict[str, object],
+    loads: Callable[[bytes], tuple[BaseException | None, BaseException | None]],
+    causes: bytes,
+) -> HypertunityError:
+    return _rebuild(kind, args, state, *loads(causes))
 
 
 def _rebuild(
@@ -52,8 +73,14 @@ def _rebuild(
     error.__dict__.update(state)
     error.__cause__ = cause
     if cause is not None:
-        cause.__cause__ = root
+        set_cause(cause, root)
     return error
+
+
+def set_cause(error: BaseException, cause: BaseException | None) -> None:
+    """`error.__cause__ = cause`, also for an exception that is a frozen dataclass."""
+    descriptor: Any = vars(BaseException)["__cause__"]
+    descriptor.__set__(error, cause)
 
 
 class JobError(HypertunityError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal as signals
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from ._errors import (
     OutOfMemory,
     PayloadError,
     RemoteTraceback,
+    set_cause,
 )
 from ._results import Outcome, Status
 
@@ -38,16 +40,36 @@ def last_lines(*streams: str) -> str:
 
 def name(job: Job[Any]) -> str:
     """A job in words."""
-    task = job.task if isinstance(job.task, str) else getattr(job.task, "__qualname__", job.task)
+    task: Any = job.task
+    if isinstance(task, functools.partial):
+        task = task.func
+    if not isinstance(task, str | os.PathLike):
+        task = getattr(task, "__qualname__", type(task).__qualname__)
     return f"job {job.id!r} ({task})"
 
 
 def raised(job: Job[Any], error: BaseException, traceback: str) -> JobFailed:
     """The task of `job` raised `error`; `traceback` is what its process had to say of it."""
-    failed = JobFailed(f"{name(job)} raised {type(error).__name__}: {error}", job=job)
-    error.__cause__ = RemoteTraceback(traceback)
+    failed = JobFailed(f"{name(job)} raised {type(error).__name__}: {_words(error)}", job=job)
+    set_cause(error, RemoteTraceback(traceback))
     failed.__cause__ = error
     return failed
+
+
+def not_started(job: Job[Any], error: Exception) -> JobFailed:
+    """An attempt at `job` could not even be begun."""
+    failed = JobFailed(
+        f"{name(job)} could not be started: {type(error).__name__}: {_words(error)}", job=job
+    )
+    failed.__cause__ = error
+    return failed
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(its __str__ fails)"
 
 
 def exited(job: Job[Any], exit_code: int, *streams: str) -> JobFailed:
@@ -103,8 +125,10 @@ def from_reply(
     part = "the exception" if kind == _payload.RAISED else "the return value"
     try:
         answer = _payload.loads(body, files)
+        if kind == _payload.RAISED:
+            return Outcome(Status.FAILED, error=raised(job, *answer))
     except (Exception, SystemExit) as error:  # reading may import modules, and those may exit
-        reason = f"{type(error).__name__}: {error} (while it was read back)"
+        reason = f"{type(error).__name__}: {_words(error)} (while it was read back)"
         return Outcome(Status.FAILED, error=unreadable(job, part, reason))
     finally:
         for path in files:
@@ -112,8 +136,6 @@ def from_reply(
                 os.unlink(path)
     if kind == _payload.VALUE:
         return Outcome(Status.SUCCEEDED, answer)
-    if kind == _payload.RAISED:
-        return Outcome(Status.FAILED, error=raised(job, *answer))
     return Outcome(Status.FAILED, error=unreadable(job, *answer))
 
 

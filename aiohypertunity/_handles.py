@@ -250,11 +250,10 @@ class Collector(Generic[T]):
             entries.append(entry)
         return entries
 
-    def give_back(self, entries: Iterable[Entry]) -> None:
+    def give_back(self, entries: Sequence[Entry]) -> None:
         """Lets another collector have what was taken here and not delivered."""
-        for entry in entries:
-            self._pool.add(entry)
-        self._pool.wake_all()
+        self._demand.n_collected -= len(entries)
+        self._pool.restore(entries)
 
     async def take_all(self) -> list[Entry]:
         """Waits for all that was asked for, and takes nothing before all of it is there.

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import time
 import traceback
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import cloudpickle
 
 from . import _failures, _payload
 from ._jobs import FunctionRef, Job, ScriptRef, SlurmJob
@@ -19,6 +22,7 @@ from ._results import Outcome, Result, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import ModuleType
 
 T = TypeVar("T")
 
@@ -50,13 +54,37 @@ def _call(job: Job[Any], target: Callable[..., Any] | FunctionRef) -> Outcome:
     try:
         if isinstance(target, FunctionRef):
             blob = _payload.name_function(target.name, path=target.path, module=target.module)
-            target = _payload.load_function(blob)
+            with _as_it_was():
+                return Outcome(
+                    Status.SUCCEEDED, _payload.call(_payload.load_function(blob), job.args)
+                )
         return Outcome(Status.SUCCEEDED, _payload.call(target, job.args))
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception as error:
         failed = _failures.raised(job, error, traceback.format_exc())
         return Outcome(Status.FAILED, error=failed)
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Lets a script be loaded afresh each time, and leaves none of it behind."""
+    path, modules = sys.path[:], dict(sys.modules)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name, module in tuple(sys.modules.items()):
+            if modules.get(name) is not module and _is_beside_a_script(module, path):
+                del sys.modules[name]
+                with contextlib.suppress(ValueError):
+                    cloudpickle.unregister_pickle_by_value(module)
+
+
+def _is_beside_a_script(module: ModuleType, path: list[str]) -> bool:
+    """Whether a module came from a directory that only the script's loading put on the path."""
+    file = getattr(module, "__file__", None)
+    return file is not None and not any(entry and file.startswith(entry) for entry in path)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import anyio
 
 from . import _failures, _payload
 from ._errors import JobCrashed
+from ._jobs import FunctionRef
 from ._results import Outcome, Status
 from ._threads import in_thread
 from ._worker_main import Chunk
@@ -96,6 +97,18 @@ class JoblibCallables:
         Raises:
             ValueError: The job has a timeout, an environment or a directory of its own.
         """
+        if isinstance(job.target, FunctionRef) and job.target.path is not None:
+            raise ValueError(
+                f"{_failures.name(job)} is a function in a script: in the processes of the joblib backend "
+                f"{self._backend!r}, scripts would get into each other's way; backend='isolated' keeps "
+                "them apart"
+            )
+        others = set((job.meta or {}).get("resources", {})) - {"cpu"}
+        if others:
+            raise ValueError(
+                f"{_failures.name(job)} asks for {', '.join(sorted(others))}: the joblib backend "
+                f"{self._backend!r} can't tell a call which it was given; backend='isolated' can"
+            )
         given = {"timeout": timeout, "env": job.env, "cwd": job.cwd}
         for name, value in given.items():
             if value is not None:

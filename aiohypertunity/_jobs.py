@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -97,7 +98,8 @@ class Job(Generic[T]):
             script's arguments (it is always in `AIOHYPERTUNITY_OUTPUT_FILE`). `"resources"`: what the
             job occupies, `{"cpu": 2, "gpu": 1}`.
         timeout: Seconds that one attempt may run; None for the scheduler's own.
-        retries: How many more attempts a failure, a crash or a timeout gets.
+        retries: How many more attempts a failure, a crash or a timeout gets; None for the scheduler's own
+            number.
         env: Environment variables on top of the present ones.
         cwd: The directory to run in; the present one if None.
 
@@ -111,7 +113,7 @@ class Job(Generic[T]):
     id: int | str = field(default_factory=_next_id)
     meta: Mapping[str, Any] | None = None
     timeout: float | None = field(default=None, kw_only=True)
-    retries: int = field(default=0, kw_only=True)
+    retries: int | None = field(default=None, kw_only=True)
     env: Mapping[str, str] | None = field(default=None, kw_only=True)
     cwd: str | os.PathLike[str] | None = field(default=None, kw_only=True)
 
@@ -122,13 +124,15 @@ class Job(Generic[T]):
         _check_args(self.args)
         if self.meta is not None:
             self._check_meta(self.meta)
+            object.__setattr__(self, "meta", copy.deepcopy(dict(self.meta)))
         check_seconds("timeout", self.timeout)
-        if type(self.retries) is not int or self.retries < 0:
-            raise ValueError(f"retries={self.retries!r}: must be a whole number, 0 or more")
+        if self.retries is not None:
+            check_retries(self.retries)
         if self.env is not None:
             _check_env(self.env)
+            object.__setattr__(self, "env", dict(self.env))
         if self.cwd is not None:
-            object.__setattr__(self, "cwd", _existing_directory(self.cwd))
+            object.__setattr__(self, "cwd", self._directory(self.cwd))
         object.__setattr__(self, "target", self._target())
         self._register()
 
@@ -166,7 +170,9 @@ class Job(Generic[T]):
         if callable(self.task):
             _check_signature(self.task, self.args)
         target = resolve(self.task, meta.get("binary"))
-        if not isinstance(target, ScriptRef):
+        if isinstance(target, ScriptRef):
+            _check_words(self.args)
+        else:
             for key in ("binary", "output"):
                 if key in meta and not self._keys_for_callables() >= {key}:
                     raise ValueError(f"meta[{key!r}] is for scripts; {self.task!r} is a function")
@@ -174,6 +180,9 @@ class Job(Generic[T]):
 
     def _keys_for_callables(self) -> frozenset[str]:
         return frozenset({"resources"})
+
+    def _directory(self, path: str | os.PathLike[str]) -> str:
+        return _existing_directory(path)
 
     def _check_meta(self, meta: Mapping[str, Any]) -> None:
         _check_keys("meta", meta, ("binary", "output", "resources"))
@@ -265,6 +274,10 @@ class SlurmJob(Job[T]):
     def _keys_for_callables(self) -> frozenset[str]:
         return frozenset({"resources", "binary"})
 
+    def _directory(self, path: str | os.PathLike[str]) -> str:
+        # It's the nodes that must have it, and this may be another machine.
+        return os.fspath(path) if os.path.isabs(path) else _existing_directory(path)
+
     def _named_output(self) -> str | None:
         if self.output_file is not None:
             return os.path.abspath(os.path.join(self.cwd or "", os.fspath(self.output_file)))
@@ -312,14 +325,36 @@ def check_seconds(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r}: must be more than 0 seconds")
 
 
+def check_retries(value: object) -> None:
+    """Raises unless `value` is a whole number, 0 or more."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"retries={value!r}: must be a whole number, 0 or more")
+
+
 def _check_env(env: Mapping[str, str]) -> None:
     if not isinstance(env, Mapping):
         raise TypeError(f"env={env!r}: must be a dict of strings")
     for name, value in env.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise TypeError(f"env[{name!r}]={value!r}: names and values must be strings")
-        if not name or "=" in name or "\0" in name + value:
+        if not name or "=" in name or not _can_be_passed(name + value):
             raise ValueError(f"env[{name!r}]={value!r}: no environment can hold that")
+
+
+def _can_be_passed(text: str) -> bool:
+    """Whether a process can be given this word."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_words(args: Args) -> None:
+    """The arguments of a script become words of a command line."""
+    for key, value in args.items() if isinstance(args, dict) else enumerate(args):
+        word = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+        if not _can_be_passed(f"{key}{word}"):
+            raise ValueError(f"args[{key!r}]={value!r}: no command line can hold that")
 
 
 def _existing_directory(path: str | os.PathLike[str]) -> str:
@@ -351,7 +386,8 @@ class _Signature(NamedTuple):
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> _Signature:
-        full = inspect.signature(function)
+        # A wrapper may well bring arguments of its own to what it wraps.
+        full = inspect.signature(function, follow_wrapped=False)
         kinds = [(p.kind, p.default is p.empty) for p in full.parameters.values()]
         needed = [is_needed for kind, is_needed in kinds if kind in _POSITIONAL]
         most: float = len(needed)

@@ -255,6 +255,14 @@ class Ledger:
             return None
         return oldest.popleft()
 
+    def purge(self) -> None:
+        """Lets go of entries that were over before they started."""
+        waiting = {
+            needs: deque(entry for entry in queue if not entry.status.is_final)
+            for needs, queue in self._queues.items()
+        }
+        self._queues = {needs: queue for needs, queue in waiting.items() if queue}
+
     def release(self, entry: Entry) -> None:
         """Takes back what an entry holds."""
         grant = entry.grant
@@ -346,6 +354,15 @@ class Pool:
             entry = next(iter(self._ready.values()))
         self.remove(entry)
         return entry
+
+    def restore(self, entries: Iterable[Entry]) -> None:
+        """Has results again that were taken and not delivered: before all that are ready since."""
+        returned = {entry.seq: entry for entry in entries}
+        for entry in returned.values():
+            entry.pool = self
+        self._members = OrderedDict(sorted({**self._members, **returned}.items()))
+        self._ready = OrderedDict({**returned, **self._ready})
+        self.wake_all()
 
     def remove(self, entry: Entry) -> None:
         """Expects this entry's result no more."""

@@ -7,7 +7,10 @@ function call; it stays one input long as soon as one takes its time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from typing import Self
 
 R = TypeVar("R")
+
+_HOLD = 0.002
+"""Seconds for which inputs are taken, or values given, before the rest of the loop has its turn."""
 
 _CHUNK_SECONDS = 0.005
 _LONGEST_CHUNK = 4096
@@ -53,19 +59,22 @@ class Map(Generic[R]):
     ) -> None:
         if chunk != "auto" and (not isinstance(chunk, int) or chunk < 1):
             raise ValueError(f"chunk={chunk!r}: must be 'auto' or a whole number from 1")
-        self._function = function
-        self._inputs = _Inputs(inputs)
-        self._dispatch = dispatch
         self._cancel = cancel
-        self._n_ahead = n_ahead
         self._ordered = ordered
         self._fixed = chunk != "auto"
-        self._size = 1 if chunk == "auto" else chunk
         self._pool = Pool()
+        self._source = _Source(
+            function,
+            _Inputs(inputs),
+            dispatch,
+            self._pool,
+            n_ahead,
+            1 if chunk == "auto" else chunk,
+        )
         self._values: deque[R] = deque()
         self._error: Exception | None = None
         self._feeder: asyncio.Task[None] | None = None
-        self._room = asyncio.Event()
+        self._let_loop_run_at = 0.0
         self._over = False
 
     def __aiter__(self) -> Self:
@@ -98,8 +107,7 @@ class Map(Generic[R]):
         if self._feeder is not None:
             self._feeder.cancel()
             await asyncio.wait([self._feeder])
-        for entry in self._pool.unfinished():
-            self._cancel(entry)
+        _cancel_rest(self._pool, self._cancel)
 
     def starve(self) -> None:
         """The scheduler closes: takes no more inputs, and says so where the values end."""
@@ -110,14 +118,17 @@ class Map(Generic[R]):
         if self._over:
             raise StopAsyncIteration
         if self._feeder is None:
-            self._feeder = asyncio.get_running_loop().create_task(self._feed())
+            self._feeder = self._start()
+        elif time.monotonic() > self._let_loop_run_at:
+            await asyncio.sleep(0)
+            self._let_loop_run_at = time.monotonic() + _HOLD
         while not self._values:
             if self._error is not None:
                 await self.aclose()
                 raise self._error
             entry = self._pool.take(ordered=self._ordered)
             if entry is not None:
-                self._room.set()
+                self._source.room.set()
                 self._deliver(entry)
             elif self._feeder.done() and not len(self._pool):
                 self._over = True
@@ -127,6 +138,13 @@ class Map(Generic[R]):
                 raise StopAsyncIteration
             else:
                 await self._changed(self._feeder)
+
+    def _start(self) -> asyncio.Task[None]:
+        loop = asyncio.get_running_loop()
+        feeder = loop.create_task(self._source.feed())
+        # Who breaks out of the loop just drops this; in whatever thread that is found out.
+        weakref.finalize(self, _abandon, loop, feeder, self._pool, self._cancel).atexit = False
+        return feeder
 
     async def _changed(self, feeder: asyncio.Task[None]) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -160,14 +178,53 @@ class Map(Generic[R]):
     def _adapt(self, n: int, seconds: float) -> None:
         """Aims at chunks that take `_CHUNK_SECONDS`, approaching it from below."""
         wanted = int(_CHUNK_SECONDS * n / max(seconds, 1e-6))
-        self._size = max(1, min(wanted, _GROWTH * n, _LONGEST_CHUNK))
+        self._source.size = max(1, min(wanted, _GROWTH * n, _LONGEST_CHUNK))
 
-    async def _feed(self) -> None:
+
+def _abandon(
+    loop: asyncio.AbstractEventLoop,
+    feeder: asyncio.Task[None],
+    pool: Pool,
+    cancel: Callable[[Entry], None],
+) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(feeder.cancel)
+        loop.call_soon_threadsafe(_cancel_rest, pool, cancel)
+
+
+def _cancel_rest(pool: Pool, cancel: Callable[[Entry], None]) -> None:
+    for entry in pool.unfinished():
+        with contextlib.suppress(RuntimeError):  # a joblib backend runs it, and can't stop it
+            cancel(entry)
+
+
+class _Source:
+    """Dispatches inputs in chunks, as there is room for them. Doesn't know who takes the values."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any] | str,
+        inputs: _Inputs,
+        dispatch: Callable[[Job[Any], list[Any], Pool], Entry],
+        pool: Pool,
+        n_ahead: int,
+        size: int,
+    ) -> None:
+        self._function = function
+        self._inputs = inputs
+        self._dispatch = dispatch
+        self._pool = pool
+        self._n_ahead = n_ahead
+        self.size = size
+        self.room = asyncio.Event()
+
+    async def feed(self) -> None:
+        """Dispatches chunk after chunk, to the last."""
         while True:
             while len(self._pool) >= self._n_ahead:
-                self._room.clear()
-                await self._room.wait()
-            inputs = await self._inputs.take(self._size)
+                self.room.clear()
+                await self.room.wait()
+            inputs = await self._inputs.take(self.size)
             if not inputs:
                 return
             job: Job[Any] = Job(task=self._function, args=(inputs[0],))
@@ -192,9 +249,22 @@ class _Inputs:
         Of an async iterable always one: the next may be long in coming.
         """
         if self._sync is not None:
-            return list(itertools.islice(self._sync, n))
+            return self._take_quickly(self._sync, n)
         assert self._async is not None
         try:
             return [await anext(self._async)]
         except StopAsyncIteration:
             return []
+
+    def _take_quickly(self, inputs: Iterator[Any], n: int) -> list[Any]:
+        """Takes `n` inputs, or fewer if that would hold the loop."""
+        taken: list[Any] = []
+        until = time.monotonic() + _HOLD
+        step = 1
+        while len(taken) < n and time.monotonic() < until:
+            some = list(itertools.islice(inputs, min(step, n - len(taken))))
+            taken += some
+            if len(some) < step:
+                break
+            step *= 2
+        return taken

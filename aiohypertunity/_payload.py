@@ -202,7 +202,8 @@ def _parts(value: object) -> Iterator[tuple[str, object]]:
             yield from ((f"[{index}]", item) for index, item in enumerate(value))
         case types.FunctionType(__closure__=cells, __code__=code):
             names = zip(code.co_freevars, cells or (), strict=False)
-            yield from ((f", its variable {name!r}", cell.cell_contents) for name, cell in names)
+            filled = ((name, cell) for name, cell in names if cell != types.CellType())
+            yield from ((f", its variable {name!r}", cell.cell_contents) for name, cell in filled)
             used = ((name, value.__globals__.get(name)) for name in code.co_names)
             yield from ((f", its global {name!r}", item) for name, item in used)
         case types.MethodType():

@@ -29,7 +29,7 @@ from ._errors import JobCrashed, JobFailed, JobTimeout, PayloadError
 from ._events import Cancelled, Event, Finished, Queued, Retried, Started
 from ._handles import Batch, Collector
 from ._joblib import JoblibCallables, check_backend
-from ._jobs import Job, ScriptRef, SlurmJob, check_seconds, resolve
+from ._jobs import Job, ScriptRef, SlurmJob, check_retries, check_seconds, resolve
 from ._ledger import Entry, Executor, Ledger, Pool
 from ._map import Map
 from ._results import Outcome, Result, Status
@@ -150,6 +150,7 @@ class Scheduler:
         self._busy_seconds = 0.0
         self._n_dispatched = 0
         self._is_pumping = False
+        self._is_purging = False
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._is_watched = False  # whether there ever was one: to ask a WeakSet is slow
         self._maps: weakref.WeakSet[Map[Any]] = weakref.WeakSet()
@@ -311,7 +312,8 @@ class Scheduler:
     ) -> Map[T]:
         """Calls a function with each of `inputs`, and yields the values.
 
-        Takes inputs only as slots come free, so that any number of them needs the same memory.
+        Takes inputs only as slots come free, so that any number of them needs the same memory. Nothing is
+        retried.
 
         Args:
             function: A callable, `"script.py:function"` or `"package.module:function"`.
@@ -324,6 +326,10 @@ class Scheduler:
                 that came before it were delivered.
         """
         self._check_open()
+        if self._backend != "isolated" and self._timeout is not None:
+            raise ValueError(
+                f"the joblib backend {self._backend!r} can't keep the timeout of a map"
+            )
         if isinstance(resolve(function), ScriptRef):
             message = f"map is for functions, and {function!r} is a script: dispatch jobs of it"
             raise ValueError(message)  # noqa: TRY004 - it is of the right type
@@ -413,8 +419,7 @@ class Scheduler:
     def _check(self, job: object) -> Any:
         if not isinstance(job, Job):
             raise TypeError(f"{job!r} is no Job: write Job(task=..., args=...)")
-        if job in self._unfinished:
-            raise ValueError(f"{_failures.name(job)} isn't over yet: {_ANOTHER}")
+        self._check_new(job)
         if isinstance(job, SlurmJob):
             return None
         if isinstance(job.target, ScriptRef):
@@ -423,6 +428,10 @@ class Scheduler:
         else:
             self._callables.check(job, self._timeout if job.timeout is None else job.timeout)
         return self._ledger.needs(job.meta.get("resources") or {} if job.meta else {})
+
+    def _check_new(self, job: Job[Any]) -> None:
+        if job in self._unfinished:
+            raise ValueError(f"{_failures.name(job)} isn't over yet: {_ANOTHER}")
 
     def _packer(self) -> Packer:
         assert self._rundir is not None
@@ -443,6 +452,9 @@ class Scheduler:
         needs: list[Any],
         pool: Pool,
     ) -> Batch[Any]:
+        # Again: another thread may have dispatched one of them while their calls were packed.
+        for job in jobs:
+            self._check_new(job)
         now = time.time()
         entries = []
         for job, call, need in zip(jobs, calls, needs, strict=True):
@@ -453,7 +465,7 @@ class Scheduler:
                 need,
                 pool,
                 timeout=self._timeout if job.timeout is None else job.timeout,
-                retries=job.retries or self._retries,
+                retries=self._retries if job.retries is None else job.retries,
                 queued_at=now,
             )
             entries.append(entry)
@@ -520,14 +532,13 @@ class Scheduler:
 
     def _start_waiting(self) -> None:
         while (entry := self._ledger.start()) is not None:
-            if self._logs is not None and entry.log_path is None:
-                try:
+            try:
+                if self._logs is not None and entry.log_path is None:
                     entry.log_path = _make_log_directory(self._logs, entry.job.id)
-                except OSError as error:
-                    unlogged = _unlogged(entry.job, error)
-                    self._end_attempt(entry, Outcome(Status.FAILED, error=unlogged))
-                    continue
-            entry.executor.start(entry)
+                entry.executor.start(entry)
+            except Exception as error:  # no descriptor or no disk is left, say
+                failed = _failures.not_started(entry.job, error)
+                self._end_attempt(entry, Outcome(Status.FAILED, error=failed))
 
     # --- Owner: what executors report ----------------------------------------------------------
 
@@ -632,6 +643,7 @@ class Scheduler:
         if entry.needs is not None and entry.grant is None and entry.place is None:
             entry.stop_status = Status.CANCELLED
             self.finished(entry, Outcome(Status.CRASHED))
+            self._purge_soon()
             return
         was_stopped = entry.stop_status is not None
         entry.executor.check_stop(entry)
@@ -639,6 +651,17 @@ class Scheduler:
         entry.status = Status.CANCELLING
         if not was_stopped:
             entry.executor.stop(entry)
+
+    def _purge_soon(self) -> None:
+        """Once for all that are cancelled in this turn of the loop."""
+        assert self._loop is not None
+        if not self._is_purging:
+            self._is_purging = True
+            self._loop.call_soon(self._purge)
+
+    def _purge(self) -> None:
+        self._is_purging = False
+        self._ledger.purge()
 
     def _see_why(self, entry: Entry, outcome: Outcome) -> None:
         """An attempt that died when we ended it did so for our reason."""
@@ -730,8 +753,7 @@ def _slots(n_parallel: int | None) -> int:
 def _check_defaults(timeout: object, retries: object, kill_grace: object, on_exit: object) -> None:
     """The scheduler's defaults for its jobs are checked by the rules for a job's own."""
     check_seconds("timeout", timeout)
-    if type(retries) is not int or retries < 0:
-        raise ValueError(f"retries={retries!r}: must be a whole number, 0 or more")
+    check_retries(retries)
     if isinstance(kill_grace, bool) or not isinstance(kill_grace, int | float) or kill_grace < 0:
         raise ValueError(f"kill_grace={kill_grace!r}: must be 0 seconds or more")
     if on_exit not in ("cancel", "wait"):
@@ -743,7 +765,12 @@ def _checked_resources(
 ) -> dict[str, list[int | str]]:
     checked = {}
     for name, indices in (resources or {}).items():
-        if name == "cpu" or isinstance(indices, str) or not isinstance(indices, Sequence):
+        if (
+            name == "cpu"
+            or not str(name).isidentifier()
+            or isinstance(indices, str)
+            or not isinstance(indices, Sequence)
+        ):
             raise ValueError(
                 f"resources={{{name!r}: {indices!r}}}: must be a list of indices, as {{'gpu': [0, 1]}}; "
                 "the number of CPUs is n_parallel"
@@ -759,13 +786,11 @@ def _make_log_directory(logs: Path, job_id: int | str) -> Path:
     name = str(job_id).replace(os.sep, "_")
     for number in itertools.count():
         path = logs / (f"{name}.{number}" if number else name)
-        with contextlib.suppress(FileExistsError):
+        try:
             path.mkdir(parents=True)
-            return path
+        except FileExistsError:
+            continue
+        except (OSError, ValueError) as error:
+            raise OSError(f"there is no place for its output: {error}") from error
+        return path
     raise AssertionError("unreachable")
-
-
-def _unlogged(job: Job[Any], error: OSError) -> JobFailed:
-    failed = JobFailed(f"{_failures.name(job)} has no place for its output: {error}", job=job)
-    failed.__cause__ = error
-    return failed

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from . import _failures
 from ._callables import resource_env
 from ._capture import Capture, log_files
-from ._errors import JobError, JobFailed, ResultLost
+from ._errors import JobError, ResultLost
 from ._guardian import MARK, kill_tree
 from ._payload import LARGE
 from ._results import Outcome, Status
@@ -82,8 +82,8 @@ class Scripts:
     async def _run(self, entry: Entry, run: _Run) -> None:
         try:
             outcome = await run.run(self._owner)
-        except OSError as error:
-            outcome = Outcome(Status.FAILED, error=_not_started(entry.job, error))
+        except Exception as error:
+            outcome = Outcome(Status.FAILED, error=_failures.not_started(entry.job, error))
         finally:
             del self._running[entry]
         outcome.host = self._host
@@ -194,7 +194,7 @@ class _Run:
         stdout, stderr = self._capture.tails()
         if self._entry.log_path is None:
             self._capture.remove()
-        if status == 0:
+        if status == 0 and not (self._stopped and not os.path.exists(self._output)):
             outcome = await self._result(job)
         elif status > 0 and not self._stopped:
             error: JobError = _failures.exited(job, status, stdout, stderr)
@@ -212,6 +212,8 @@ class _Run:
             size = os.stat(self._output).st_size
         except FileNotFoundError:
             return Outcome(Status.SUCCEEDED)
+        except OSError:
+            size = 0  # reading it will say what is the matter
         if size > LARGE:
             return await in_thread(read_result, job, self._output, self._call.output is None)
         return read_result(job, self._output, self._call.output is None)
@@ -227,7 +229,7 @@ def read_result(job: Job[Any], path: str, remove: bool) -> Outcome:
     """
     try:
         data = parse_result(Path(path).read_bytes(), path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # reading a pickle may import modules, which may exit
         kind = "JSON" if path.endswith(".json") else "a pickle or JSON"
         lost = ResultLost(
             f"{_failures.name(job)} exited with code 0, but its result file {path} can't be read as "
@@ -260,10 +262,3 @@ def _move_away(path: str) -> None:
         elsewhere = f"{path}.before-{number}"
         if not os.path.lexists(elsewhere):
             os.rename(path, elsewhere)
-
-
-def _not_started(job: Job[Any], error: OSError) -> JobError:
-    words = f"{_failures.name(job)} could not be started: {error}"
-    failed = JobFailed(words, job=job)
-    failed.__cause__ = error
-    return failed

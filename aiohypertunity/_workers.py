@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -21,12 +22,22 @@ import tempfile
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import anyio
+
 from ._calls import present_directory
 from ._capture import Capture, log_files
 from ._guardian import MARK, kill_tree
-from ._payload import PACKET
 from ._threads import in_thread
-from ._worker_main import CALL, FUNCTION, KNOWN_FUNCTIONS, REPLY, Extras
+from ._worker_main import (
+    CALL,
+    FUNCTION,
+    KNOWN_FUNCTIONS,
+    LONGEST,
+    REPLY,
+    Extras,
+    has_environ,
+    raw_environ,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -37,10 +48,11 @@ if TYPE_CHECKING:
     from ._rundir import RunDirectory
 
 _BOOTSTRAP = (
-    "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given.pop('path'); "
+    "import json, sys; given = json.load(open(int(sys.argv[1]))); sys.path[:] = given.pop('path'); "
     "from aiohypertunity._worker_main import main; main(**given)"
 )
 _AT_ONCE = 64
+_NO_ROOM = {errno.EAGAIN, errno.ENOBUFS}
 _PACKETS = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
 
 
@@ -121,17 +133,18 @@ class WorkerProcess:
         self._rundir = rundir
         self._cwd = present_directory() or "/"
         self._path = list(sys.path)
+        self._environ = raw_environ()
         self._mark = rundir.new_mark()
         self._env = {**env, MARK: self._mark}
         self._on_replies = on_replies
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
-        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, _PACKETS)
-        for end in (self._ours, self._theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * PACKET)
-        self._ours.setblocking(False)
-        self._page_file = _anonymous_file()
-        self._page = mmap.mmap(self._page_file, mmap.PAGESIZE)
+        with contextlib.ExitStack() as stack:  # a process can run out of descriptors half-way
+            self._ours, self._theirs = _socket_pair(stack)
+            self._page_file = _anonymous_file()
+            stack.callback(os.close, self._page_file)
+            self._page = mmap.mmap(self._page_file, mmap.PAGESIZE)
+            stack.pop_all()
         self._started = memoryview(self._page).cast("d")
         self._capture = Capture([rundir.new_path(name) for name in ("stdout", "stderr")])
         self._numbers: deque[int] = deque()
@@ -146,7 +159,11 @@ class WorkerProcess:
     # --- calls, out and back ---------------------------------------------------------------
 
     def send(self, entry: Entry) -> bool:
-        """Gives it a call; says whether there was room. For an idle worker there always is."""
+        """Gives it a call; says whether there was room. For an idle worker there always is.
+
+        Raises:
+            OSError: The call can't be sent at all.
+        """
         call: Call = entry.call
         cwd = None if call.cwd == self._cwd else call.cwd
         logs, payload = entry.log_path, call.payload
@@ -157,7 +174,10 @@ class WorkerProcess:
                 self._ours.send(CALL.pack(b"C", self._next_number, function) + body)
             else:
                 self._ours.send(CALL.pack(b"c", self._next_number, function) + payload)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            self._forget(self._next_function - 1)  # its file may be gone when this is tried again
             return False
         self.used = True
         self.calls.append(entry)
@@ -173,10 +193,9 @@ class WorkerProcess:
         if number is not None:
             return number
         number = self._next_function
-        if len(call.function) > PACKET or files:
-            blob: bytes | str = call.function
-            if len(call.function) > PACKET:
-                blob = self._rundir.write(call.function)
+        stored = call.packed.stored
+        if stored or files:
+            blob = stored.path if stored else call.function
             packet = FUNCTION.pack(b"F", number) + pickle.dumps((blob, files or []))
         else:
             packet = FUNCTION.pack(b"f", number) + call.function
@@ -192,7 +211,7 @@ class WorkerProcess:
         taken = set()
         while True:
             try:
-                packet = self._theirs.recv(2 * PACKET, socket.MSG_DONTWAIT)
+                packet = self._theirs.recv(LONGEST, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             if not packet:  # it was retired
@@ -216,7 +235,7 @@ class WorkerProcess:
         """What it has answered, as much as the loop may be held for."""
         for _ in range(min(len(self.calls), _AT_ONCE)):
             try:
-                packet = self._ours.recv(2 * PACKET)
+                packet = self._ours.recv(LONGEST)
             except BlockingIOError:
                 return
             if not packet:
@@ -226,6 +245,7 @@ class WorkerProcess:
             if self.acknowledged:
                 self.acknowledged = False
                 self._capture.unwatch()
+                self._capture.forget()
             yield Reply(
                 self.calls.popleft(),
                 kind,
@@ -236,8 +256,8 @@ class WorkerProcess:
 
     @property
     def is_current(self) -> bool:
-        """Whether it still imports from where the driver does."""
-        return self._path == sys.path
+        """Whether it imports from where the driver does, and has the driver's environment."""
+        return self._path == sys.path and has_environ(self._environ)
 
     @property
     def running_since(self) -> float | None:
@@ -271,8 +291,11 @@ class WorkerProcess:
     async def _live(self) -> None:
         try:
             process = await in_thread(self._spawn)
-        except OSError as error:
-            self._close(Death(None, None, None, None, [], "", str(error), in_need=False))
+        except Exception as error:
+            unstarted = list(self.calls)
+            self.calls.clear()
+            words = f"{type(error).__name__}: {error}"
+            self._close(Death(None, None, None, None, unstarted, "", words, in_need=False))
             return
         self.pid = process.pid
         self._rundir.guard(process.pid)
@@ -286,23 +309,28 @@ class WorkerProcess:
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._n_oom_kills = _n_oom_kills()
         given = {
-            "path": self._path,
+            "path": [entry for entry in self._path if isinstance(entry, str)],
             "calls": self._theirs.fileno(),
             "page": self._page_file,
             "streams": self._capture.paths,
             "directories": self._rundir.buffer_directories,
-            "argv": sys.argv,
+            "argv": [str(word) for word in sys.argv],
         }
         with contextlib.ExitStack() as stack:
+            # Not on the command line: it holds 128 KiB of it, and sys.argv may well be longer.
+            orders = stack.enter_context(open(_anonymous_file(), "w+b"))
+            orders.truncate(orders.write(json.dumps(given).encode()))
+            orders.seek(0)
             stdout, stderr = (stack.enter_context(open(path, "ab")) for path in self._capture.paths)
             return subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, json.dumps(given)],
+                # -P: a json.py in the present directory is none of ours.
+                [sys.executable, "-P", "-c", _BOOTSTRAP, str(orders.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
                 env=self._env,
                 cwd=self._cwd,
-                pass_fds=(self._theirs.fileno(), self._page_file),
+                pass_fds=(self._theirs.fileno(), self._page_file, orders.fileno()),
                 start_new_session=True,
             )
 
@@ -356,7 +384,8 @@ async def _exit_status(process: subprocess.Popen[bytes]) -> int:
     try:
         descriptor = os.pidfd_open(process.pid)
     except (AttributeError, OSError):
-        return await in_thread(process.wait)
+        # Not in one of our few threads: it lasts as long as the worker does.
+        return await in_thread(process.wait, limiter=anyio.CapacityLimiter(1))
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_reader(descriptor, ended.set)
@@ -366,6 +395,17 @@ async def _exit_status(process: subprocess.Popen[bytes]) -> int:
         loop.remove_reader(descriptor)
         os.close(descriptor)
     return process.wait()
+
+
+def _socket_pair(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    """Both ends of a packet socket, with room for a call or two; ours doesn't block."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, _PACKETS)
+    for end in (ours, theirs):
+        stack.enter_context(end)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, option, 2 * LONGEST)
+    ours.setblocking(False)
+    return ours, theirs
 
 
 def _anonymous_file() -> int:

@@ -164,7 +164,7 @@ class Batch(Sequence[JobHandle[T]]):
     ) -> Iterator[Result[T]]:
         """As `Scheduler.stream`, of this batch alone. Claims its results."""
         make = partial(self._batch.collect, n_results, timeout, deadline=deadline, ordered=ordered)
-        return _stream(self._portal, make)
+        return _Stream(self._portal, self._portal.call(make))
 
     def cancel(self) -> None:
         """Cancels all of it that isn't over."""
@@ -323,7 +323,7 @@ class Scheduler:
         make = partial(
             self._scheduler.collect, n_results, timeout, deadline=deadline, ordered=ordered
         )
-        return _stream(self._portal, make)
+        return _Stream(self._portal, self._portal.call(make))
 
     def statistics(self) -> Statistics:
         """How things stand."""
@@ -341,6 +341,17 @@ class _Portal:
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._portal: BlockingPortal | None = None
+        self.loans: list[tuple[_handles.Collector[Any], deque[Entry]]] = []
+
+    def reclaim(self) -> None:
+        """Takes back what streams have and haven't delivered. On the loop's thread."""
+        loans, self.loans = self.loans, []
+        for collector, taken in loans:
+            left = []
+            with contextlib.suppress(IndexError):
+                while True:  # the stream may be taking from it at the same time
+                    left.append(taken.popleft())
+            collector.give_back(left)
 
     def open(self) -> None:
         """Starts the thread."""
@@ -376,6 +387,7 @@ def _collect(
     taken: list[Entry] = []
 
     async def take() -> None:
+        portal.reclaim()
         taken.extend(await collector.take_all())
 
     try:
@@ -389,29 +401,39 @@ def _collect(
     return [cast("Result[T]", entry.result) for entry in taken]
 
 
-def _stream(portal: _Portal, make: Callable[[], _handles.Collector[T]]) -> Iterator[Result[T]]:
-    """Delivers all that is ready at each hop into the loop; what it doesn't deliver, it gives back."""
-    collector = portal.call(make)
-    taken: deque[Entry] = deque()
+class _Stream(Generic[T]):
+    """Delivers all that is ready at each hop into the loop.
 
-    async def take() -> None:
-        with contextlib.suppress(StopAsyncIteration):
-            taken.append(await collector.next_entry())
-            taken.extend(collector.take_ready())
+    What it has and doesn't deliver is only on loan: whoever collects next gets it.
+    """
 
-    def deliver() -> Iterator[Result[T]]:
+    def __init__(self, portal: _Portal, collector: _handles.Collector[T]) -> None:
+        self._portal = portal
+        self._collector = collector
+        self._taken: deque[Entry] = deque()
+        self._over = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Result[T]:
+        while True:
+            try:
+                return cast("Result[T]", self._taken.popleft().result)
+            except IndexError:
+                if self._over:
+                    raise StopIteration from None
+                self._portal.call(self._take)
+
+    async def _take(self) -> None:
+        self._portal.reclaim()
         try:
-            while True:
-                portal.call(take)
-                if not taken:
-                    return
-                while taken:
-                    yield cast("Result[T]", taken.popleft().result)
-        finally:
-            if taken:
-                portal.call(collector.give_back, tuple(taken))
-
-    return deliver()
+            first = await self._collector.next_entry()
+        except StopAsyncIteration:
+            self._over = True
+            return
+        self._taken.extend((first, *self._collector.take_ready()))
+        self._portal.loans.append((self._collector, self._taken))
 
 
 async def _next(stream: EventStream) -> Event | None:

@@ -82,8 +82,9 @@ async def test_what_there_never_is_is_refused(wanted: dict[str, int]) -> None:
             scheduler.dispatch(Job(tasks.pid, meta={"resources": wanted}))
 
 
-async def test_more_cpus(tmp_path: Path) -> None:
+async def test_more_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job of two CPUs runs alone on two slots, is not starved by small ones, and may use more threads."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # dask sets it, and leaves it
     async with Scheduler(n_parallel=2) as scheduler:
         gates = [Job(tasks.gate, args=(str(tmp_path / f"gate{i}"),)) for i in range(2)]
         first, second = scheduler.dispatch(gates)

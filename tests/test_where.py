@@ -80,7 +80,9 @@ async def test_refused_from_a_thread():
 def test_inline(tmp_path):
     """`job()` runs a callable in this very process, in its directory and environment."""
     here = os.getcwd()
-    job = ht.Job(task=lambda: (os.getpid(), os.getcwd(), os.environ["X"]), cwd=tmp_path, env={"X": "1"})
+    job = ht.Job(
+        task=lambda: (os.getpid(), os.getcwd(), os.environ["X"]), cwd=tmp_path, env={"X": "1"}
+    )
     assert job().data == (os.getpid(), str(tmp_path), "1")
     assert os.getcwd() == here
     assert "X" not in os.environ

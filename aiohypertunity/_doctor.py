@@ -1,0 +1,179 @@
+"""`python -m aiohypertunity doctor`: whether Slurm can be used from here, point by point.
+
+Each check is one thing that goes wrong for people: it says what was found, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._errors import HypertunityError, TransportError
+from ._slurm import Slurm, text
+from ._transports import Transport, transport_to
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+class Check(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+        name: What was looked at.
+        ok: Whether it's as it should be; None if it's only to know.
+        found: What was found, or what to do.
+    """
+
+    name: str
+    ok: bool | None
+    found: str
+
+
+async def examine(slurm: Slurm) -> list[Check]:
+    """Looks at a cluster; runs one tiny job on it."""
+    transport = transport_to(slurm, lambda _: None)
+    checks = []
+    try:
+        async for check in _checks(slurm, transport):
+            checks.append(check)
+            if check.ok is False:
+                break
+    except (TransportError, TimeoutError) as error:
+        checks.append(Check("connection", False, str(error) or "no answer in time"))
+    finally:
+        await transport.aclose()
+    return checks
+
+
+async def _checks(slurm: Slurm, transport: Transport) -> AsyncIterator[Check]:
+    yield Check("host", None, slurm.host or "this machine")
+    found = await _run(slurm, transport, "command -v sbatch || exit 1; sbatch --version || :")
+    lines = found.stdout.split("\n")
+    if not found.ok:
+        yield Check(
+            "sbatch", False, "isn't on PATH: Slurm(setup=...) takes shell lines that put it there"
+        )
+        return
+    yield Check(
+        "sbatch",
+        True,
+        f"{lines[0]} ({lines[1] if len(lines) > 1 else text.last_words(found.stderr)})",
+    )
+    found = await _run(slurm, transport, text.SITE_COMMAND)
+    if not found.ok:
+        yield Check("slurmctld", False, text.last_words(found.stderr))
+        return
+    site = text.parse_site(found.stdout)
+    yield Check("slurmctld", True, f"answers; Slurm {site.version}")
+    yield Check(
+        "limits", None, f"{site.max_array} jobs an array, {site.kill_wait:g} s from TERM to KILL"
+    )
+    yield await _accounting(slurm, transport, site)
+    yield await _workdir(slurm, transport)
+    yield await _job(slurm)
+
+
+class _Found(NamedTuple):
+    ok: bool
+    stdout: str
+    stderr: str
+
+
+async def _run(slurm: Slurm, transport: Transport, command: str) -> _Found:
+    if slurm.setup:
+        lines = ("{", *slurm.setup, "} >/dev/null", command)
+        command = shlex.join(("bash", "-c", "\n".join(lines)))
+    done = await transport.run(command, timeout=30)
+    return _Found(done.exit_status == 0, done.stdout.strip(), done.stderr.strip())
+
+
+async def _accounting(slurm: Slurm, transport: Transport, site: text.Site) -> Check:
+    if not site.accounting:
+        return Check("accounting", None, "there is none; we do without")
+    found = await _run(slurm, transport, "sacct --noheader --allocations --starttime=now-1minutes")
+    words = (
+        "answers"
+        if found.ok
+        else f"doesn't answer ({text.last_words(found.stderr)}); we do without"
+    )
+    return Check("accounting", None, words)
+
+
+async def _workdir(slurm: Slurm, transport: Transport) -> Check:
+    path = (
+        '"$HOME/.aiohypertunity"'
+        if slurm.workdir is None
+        else shlex.quote(os.fspath(slurm.workdir))
+    )
+    command = f"umask 077; mkdir -p {path} && cd {path} && : >doctor.$$ && rm doctor.$$ && pwd && df -Pk . | tail -1"
+    found = await _run(slurm, transport, command)
+    if not found.ok:
+        words = text.last_words(found.stderr)
+        return Check(
+            "work directory", False, f"can't be written: {words}; name another by --workdir"
+        )
+    directory, _, disk = found.stdout.partition("\n")
+    columns = disk.split()
+    free = (
+        f", {int(columns[3]) / (1 << 20):.1f} GB free"
+        if len(columns) > 3 and columns[3].isdigit()
+        else ""
+    )
+    return Check("work directory", True, f"{directory} can be written{free}")
+
+
+# As text, since a function of ours isn't there to be found, and any Python understands it.
+_ABOUT = (
+    "__import__('platform').node(), __import__('platform').python_version(), "
+    "__import__('sys').executable, str(__import__('cloudpickle').__version__)"
+)
+
+
+async def _job(slurm: Slurm) -> Check:
+    """One tiny job: whether a node sees the work directory, and which Python is there."""
+    from ._jobs import SlurmJob
+    from ._scheduler import Scheduler
+
+    async with Scheduler(n_parallel=1, slurm=slurm) as scheduler:
+        [handle] = scheduler.dispatch(SlurmJob(eval, (_ABOUT,), queue_timeout=120, timeout=60))
+        result = await handle
+    if result.error is not None:
+        return Check("a job", False, str(result.error))
+    node, python, executable, cloudpickle = result.data
+    same = python.rpartition(".")[0] == f"{sys.version_info[0]}.{sys.version_info[1]}"
+    hint = (
+        ""
+        if same
+        else "; another minor version than here: only functions named by module will work"
+    )
+    where = f"ran on {result.host or node}, which sees the work directory"
+    return Check(
+        "a job", True, f"{where}: Python {python} ({executable}), cloudpickle {cloudpickle}{hint}"
+    )
+
+
+def table(checks: list[Check]) -> str:
+    """The checks as lines to read."""
+    width = max(len(check.name) for check in checks)
+    words = {True: "ok", False: "WRONG", None: "-"}
+    return "\n".join(
+        f"{check.name:<{width}}  {words[check.ok]:<5}  {check.found}" for check in checks
+    )
+
+
+def main(slurm: Slurm) -> int:
+    """Examines a cluster and prints what was found.
+
+    Returns:
+        The exit code: 1 if anything is wrong.
+    """
+    try:
+        checks = asyncio.run(examine(slurm))
+    except HypertunityError as error:
+        checks = [Check("cluster", False, str(error))]
+    sys.stdout.write(table(checks) + "\n")
+    return int(any(check.ok is False for check in checks))
