@@ -28,6 +28,7 @@ def main() -> None:
         importlib.import_module(f"benchmarks.{name}")
     if importlib.util.find_spec("benchmarks.slurm") and shutil.which("sbatch"):
         importlib.import_module("benchmarks.slurm")
+        importlib.import_module("benchmarks.ssh")
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"out of {', '.join(BENCHMARKS)}")
     parser.add_argument("--json", metavar="FILE", help="write every measurement there, too")

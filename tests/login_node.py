@@ -105,7 +105,9 @@ class LoginNode:
         """Start sshd and wait until it takes connections, as after a boot."""
         self._sshd = sshd = Daemons(self.log)
         sshd.start("sshd", [program("sshd"), "-D", "-e", "-f", str(self._config)], self.log, {})
-        wait_until(lambda: self._answers(sshd), 10, lambda: f"sshd doesn't answer\n{tail(self.log)}")
+        wait_until(
+            lambda: self._answers(sshd), 10, lambda: f"sshd doesn't answer\n{tail(self.log)}"
+        )
 
     def kill(self) -> None:
         """Kill sshd and all that any session started, as a reboot does; the user stays."""
@@ -120,7 +122,9 @@ class LoginNode:
         if keeper is not None:
             keeper.close()
 
-    def run(self, command: str, *, check: bool = True, port: int | None = None, **options: Any) -> str:
+    def run(
+        self, command: str, *, check: bool = True, port: int | None = None, **options: Any
+    ) -> str:
         """Run a command line in a session of its own, by OpenSSH's client.
 
         Args:
@@ -141,7 +145,13 @@ class LoginNode:
     def _ssh(self, port: int) -> list[str]:
         files = {"IdentityFile": self.client_key, "UserKnownHostsFile": self.known_hosts}
         options = [f"-o{key}={value}" for key, value in files.items()]
-        own = ["-F", "none", "-oIdentitiesOnly=yes", "-oBatchMode=yes", "-oStrictHostKeyChecking=yes"]
+        own = [
+            "-F",
+            "none",
+            "-oIdentitiesOnly=yes",
+            "-oBatchMode=yes",
+            "-oStrictHostKeyChecking=yes",
+        ]
         return [program("ssh"), *own, *options, "-p", str(port), f"{self.user}@{self.host}"]
 
     def _create(self) -> None:
@@ -150,13 +160,16 @@ class LoginNode:
         self.home = self._public / "home"
         # Outlives every sshd of ours, and sees to it that user and home go when we do.
         self._keeper = Daemons(
-            self.log, farewell=[[program("userdel"), "-f", self.user], ["rm", "-rf", str(self._public)]]
+            self.log,
+            farewell=[[program("userdel"), "-f", self.user], ["rm", "-rf", str(self._public)]],
         )
         self._create_user()
         self._create_keys()
         [self.port] = free_ports(1)
         self._config = self._public / "sshd_config"
-        self._config.write_text("".join(f"{key} {value}\n" for key, value in self._settings().items()))
+        self._config.write_text(
+            "".join(f"{key} {value}\n" for key, value in self._settings().items())
+        )
 
     def _create_user(self) -> None:
         # A password that none can match: one that is locked would keep sshd from letting it in.
@@ -175,7 +188,9 @@ class LoginNode:
     def _create_keys(self) -> None:
         keys = [self._public / name for name in ("client_key", "host_key")]
         for key in keys:
-            subprocess.run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+            subprocess.run(
+                [program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key], check=True
+            )
         self.client_key, host_key = keys
         self.known_hosts = self._public / "known_hosts"
         self.known_hosts.write_text(f"* {host_key.with_suffix('.pub').read_text()}")
@@ -191,7 +206,9 @@ class LoginNode:
         }
         if self._env:
             settings["SetEnv"] = " ".join(f'"{key}={value}"' for key, value in self._env.items())
-        return {key: value for key, value in (settings | self._options).items() if value is not None}
+        return {
+            key: value for key, value in (settings | self._options).items() if value is not None
+        }
 
     def _answers(self, sshd: Daemons) -> bool:
         if sshd.exit_code("sshd") is not None:
@@ -305,14 +322,18 @@ class Link:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         await _together(self._receive(reader, queue), self._send(queue, writer))
 
-    async def _receive(self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _receive(
+        self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]
+    ) -> None:
         piece = b"the first"
         while piece:
             await self._flowing.wait()
             piece = await reader.read(65536)
             queue.put_nowait((self._loop.time() + self.delay, piece))
 
-    async def _send(self, queue: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+    async def _send(
+        self, queue: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter
+    ) -> None:
         while True:
             due, piece = await queue.get()
             await asyncio.sleep(due - self._loop.time())

@@ -139,7 +139,9 @@ def missing() -> str | None:
 
 def which(name: str) -> str | None:
     """Find a program, also where an ordinary user's PATH doesn't look."""
-    return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin")))
+    return shutil.which(
+        name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+    )
 
 
 def program(name: str) -> str:
@@ -200,7 +202,9 @@ def wait_until(ready: Callable[[], object], timeout: float, failure: Callable[[]
 
 def tail(*logs: Path, lines: int = 15) -> str:
     """Give the last lines of the logs that exist and aren't empty."""
-    texts = {log: log.read_text(errors="replace").splitlines()[-lines:] for log in logs if log.exists()}
+    texts = {
+        log: log.read_text(errors="replace").splitlines()[-lines:] for log in logs if log.exists()
+    }
     return "\n".join(f"--- {log.name}\n" + "\n".join(text) for log, text in texts.items() if text)
 
 
@@ -213,11 +217,21 @@ class Daemons:
         farewell: Commands to run at the end, when all processes are gone.
     """
 
-    def __init__(self, log: Path, *, cgroups: str = "", farewell: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(
+        self, log: Path, *, cgroups: str = "", farewell: Sequence[Sequence[str]] = ()
+    ) -> None:
         with log.open("ab") as errors:
             self._supervisor = subprocess.Popen(
                 # -I -S: it needs nothing but the standard library, and starts faster so.
-                [sys.executable, "-I", "-S", __file__, str(os.getpid()), cgroups, json.dumps(farewell)],
+                [
+                    sys.executable,
+                    "-I",
+                    "-S",
+                    __file__,
+                    str(os.getpid()),
+                    cgroups,
+                    json.dumps(farewell),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -356,7 +370,9 @@ class SlurmCluster:
         options = {"capture_output": True, "text": True, "timeout": 60} | options
         done = subprocess.run(argv, env=env, check=False, **options)
         if check and done.returncode:
-            raise ClusterError(f"{' '.join(argv)} exited {done.returncode}: {done.stdout}{done.stderr}")
+            raise ClusterError(
+                f"{' '.join(argv)} exited {done.returncode}: {done.stdout}{done.stderr}"
+            )
         return str(done.stdout).strip()
 
     def kill_controller(self) -> None:
@@ -431,7 +447,10 @@ class SlurmCluster:
         settings = dict(line.split("=", 1) for line in SLURM_CONF.format(**names).splitlines())
         settings |= WITH_CGROUPS if self.cgroups else WITHOUT_CGROUPS
         settings |= self._accounting_settings() | self.settings
-        nodes = (NODES_CONF.format(node=n, host=host, port=p) for n, p in zip(self.nodes, ports, strict=True))
+        nodes = (
+            NODES_CONF.format(node=n, host=host, port=p)
+            for n, p in zip(self.nodes, ports, strict=True)
+        )
         lines = "".join(f"{key}={value}\n" for key, value in settings.items())
         self.conf.write_text(lines + "".join(nodes) + PARTITIONS_CONF)
         (self.public / "cgroup.conf").write_text(CGROUP_CONF if self.cgroups else "")
@@ -455,7 +474,9 @@ class SlurmCluster:
         key = self.directory / "munge.key"
         key.touch(0o600)
         key.write_bytes(CHANCE.randbytes(128))
-        files = [f"--{kind}-file={self.directory}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]
+        files = [
+            f"--{kind}-file={self.directory}/munge.{kind}" for kind in ("key", "log", "pid", "seed")
+        ]
         # --force: it runs as root here, and distrusts a directory that others can write above its own.
         self._start("munged", "--foreground", "--force", f"--socket={self.public}/munge", *files)
         self._wait("munged", (self.public / "munge").exists)
@@ -471,12 +492,17 @@ class SlurmCluster:
         files = [f"--socket={self.public}/mysql", f"--pid-file={self.directory}/mysql.pid"]
         # What is lost in a power cut doesn't matter here; the time that syncing takes does.
         fast = [
-            f"--innodb-{key}" for key in ("flush-log-at-trx-commit=0", "flush-method=nosync", "doublewrite=0")
+            f"--innodb-{key}"
+            for key in ("flush-log-at-trx-commit=0", "flush-method=nosync", "doublewrite=0")
         ]
-        self._start("mariadbd", "--no-defaults", "--user=root", "--skip-networking", data, *files, *fast)
+        self._start(
+            "mariadbd", "--no-defaults", "--user=root", "--skip-networking", data, *files, *fast
+        )
         self._wait("mariadbd", (self.public / "mysql").exists)
 
-    def _start(self, binary: str, *args: str, name: str = "", env: Mapping[str, str] | None = None) -> None:
+    def _start(
+        self, binary: str, *args: str, name: str = "", env: Mapping[str, str] | None = None
+    ) -> None:
         name = name or binary
         log = self.directory / f"{name}.err"
         self._running.start(name, [program(binary), *args], log, self.env | dict(env or {}))
@@ -498,7 +524,9 @@ class SlurmCluster:
         return set(states) == {"idle"} and not self.run("squeue", "-h")
 
     def _story(self) -> str:
-        ended = [self._failure(node) for node in self.nodes if self._running.exit_code(node) is not None]
+        ended = [
+            self._failure(node) for node in self.nodes if self._running.exit_code(node) is not None
+        ]
         state = self.run("sinfo", "-N", check=False), self.run("squeue", check=False)
         return "\n".join((*state, *ended, tail(self.directory / "slurmctld.log")))
 
@@ -646,7 +674,9 @@ def descendants(pid: int) -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         if (text := try_to(stat.read_text)) is not None:
             # The name before the bracket may hold anything, brackets and spaces too.
-            children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+            children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(
+                int(stat.parent.name)
+            )
     found = [pid]
     for each in found:
         found += children.get(each, [])

@@ -29,20 +29,23 @@ needs_slurm = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+@pytest.fixture(name="cluster", scope="module")
+def cluster_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 
 
-@pytest.fixture
-def slurm(cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ht.Slurm]]:
+@pytest.fixture(name="slurm")
+def slurm_fixture(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., ht.Slurm]]:
     """Makes a `Slurm` for the test cluster, with a work directory of its own, empty in the end."""
     for name, value in cluster.env.items():
         monkeypatch.setenv(name, value)
     work = tmp_path / "work"
     yield lambda **options: ht.Slurm(**{"workdir": work, **options})
-    assert not work.exists() or not list(work.iterdir()), "something was left in the spool"
+    left = [str(path) for path in work.rglob("*")] if work.exists() else []
+    assert not left, f"left in the spool: {left}"
 
 
 async def results_of(slurm: ht.Slurm, *jobs: SlurmJob[Any], **options: Any) -> list[ht.Result[Any]]:
@@ -78,6 +81,6 @@ class Wrapper:
         return lambda: log.read_text().splitlines()
 
 
-@pytest.fixture
-def wrapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wrapper:
+@pytest.fixture(name="wrapped")
+def wrapped_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wrapper:
     return Wrapper(tmp_path / "bin", monkeypatch)

@@ -12,7 +12,7 @@ import httpx
 import nbclient
 import nbformat
 import pytest
-from slurm_kit import cluster, needs_slurm  # noqa: F401 - a fixture
+from slurm_kit import needs_slurm
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

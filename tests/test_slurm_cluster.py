@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 
 import asyncssh
 import pytest
-
 from login_node import Link, LoginNode
 from slurm_cluster import (
     CGROUPS,
@@ -60,7 +59,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 @pytest.fixture
 def submit(cluster: SlurmCluster) -> Iterator[Callable[..., str]]:
     def submit(script: str, *options: str) -> str:
-        return cluster.run("sbatch", "--parsable", "--output=/dev/null", *options, f"--wrap={script}")
+        return cluster.run(
+            "sbatch", "--parsable", "--output=/dev/null", *options, f"--wrap={script}"
+        )
 
     yield submit
     cluster.run("scancel", "--user=root")
@@ -78,7 +79,9 @@ def state(cluster: SlurmCluster, job: str) -> str:
 
 
 def wait_state(cluster: SlurmCluster, job: str, *wanted: str, timeout: float = 20) -> None:
-    wait_until(lambda: state(cluster, job) in wanted, timeout, lambda: f"{job} is {state(cluster, job)}")
+    wait_until(
+        lambda: state(cluster, job) in wanted, timeout, lambda: f"{job} is {state(cluster, job)}"
+    )
 
 
 def users_of(*words: str) -> list[str]:
@@ -100,7 +103,11 @@ def drain(connection: socket.socket) -> None:
 
 
 def left_of(public: str, tag: str) -> list[object]:
-    return [*users_of(public), *CGROUPS.glob(f"*/slurm_{tag}*"), *filter(Path.exists, [Path(public)])]
+    return [
+        *users_of(public),
+        *CGROUPS.glob(f"*/slurm_{tag}*"),
+        *filter(Path.exists, [Path(public)]),
+    ]
 
 
 def test_array_takes_seconds(cluster: SlurmCluster, submit: Callable[..., str]) -> None:
@@ -157,7 +164,8 @@ def test_slurmd_dies(cluster: SlurmCluster, submit: Callable[..., str]) -> None:
     """A job whose slurmd is gone fails or is queued again, as was asked for; its processes run on."""
     victim, seconds = cluster.nodes[0], f"1000.{time.monotonic_ns()}"
     stubborn, frail = (
-        submit(f"sleep {seconds}", f"--nodelist={victim}", again) for again in ("--requeue", "--no-requeue")
+        submit(f"sleep {seconds}", f"--nodelist={victim}", again)
+        for again in ("--requeue", "--no-requeue")
     )
     wait_until(lambda: len(users_of(f"sleep\0{seconds}")) == 2, 20, lambda: "no sleep")
     cluster.kill_slurmd(victim)
@@ -196,7 +204,10 @@ def test_sshd_options(tmp_path: Path) -> None:
 
 def test_link_cuts_and_heals(node: LoginNode) -> None:
     """A link that is cut resets what goes through it and refuses the rest until it's restored."""
-    with Link(node.port) as link, socket.create_connection((node.host, link.port), 10) as connection:
+    with (
+        Link(node.port) as link,
+        socket.create_connection((node.host, link.port), 10) as connection,
+    ):
         assert connection.recv(7) == b"SSH-2.0"
         link.cut()
         with pytest.raises(ConnectionResetError):
@@ -238,7 +249,9 @@ def test_asyncssh_logs_in(node: LoginNode) -> None:
 
     async def whoami(port: int) -> str:
         files = {"client_keys": [str(node.client_key)], "known_hosts": str(node.known_hosts)}
-        async with asyncssh.connect(node.host, port, username=node.user, config=None, **files) as ssh:
+        async with asyncssh.connect(
+            node.host, port, username=node.user, config=None, **files
+        ) as ssh:
             return str((await ssh.run("id -un", check=True)).stdout).strip()
 
     with Link(node.port) as link:
@@ -261,7 +274,9 @@ def test_accounting(tmp_path: Path) -> None:
 def test_two_clusters(cluster: SlurmCluster, tmp_path: Path) -> None:
     """Clusters side by side don't meet, though their jobs have the same ids."""
     with SlurmCluster(tmp_path, nodes=2) as other:
-        assert other.run("sbatch", "--parsable", "--output=/dev/null", "--wait", "--wrap=true") == "1"
+        assert (
+            other.run("sbatch", "--parsable", "--output=/dev/null", "--wait", "--wrap=true") == "1"
+        )
         assert other.run("squeue", "-h", "--states=all", "-o%i") == "1"
     assert "is UP" in cluster.run("scontrol", "ping")
 
@@ -272,7 +287,9 @@ def test_two_clusters(cluster: SlurmCluster, tmp_path: Path) -> None:
 def test_nothing_left_after_stop(tmp_path: Path, cgroups: bool | Literal["auto"]) -> None:
     """Stopping ends jobs too, whatever session they made, and removes the cgroups."""
     with SlurmCluster(tmp_path, nodes=1, cgroups=cgroups) as cluster:
-        job = cluster.run("sbatch", "--parsable", "-o/dev/null", "--wrap=setsid sleep 1000 & sleep 1000")
+        job = cluster.run(
+            "sbatch", "--parsable", "-o/dev/null", "--wrap=setsid sleep 1000 & sleep 1000"
+        )
         wait_state(cluster, job, "RUNNING")
         public, tag = str(cluster.public), cluster.tag
     assert not left_of(public, tag)

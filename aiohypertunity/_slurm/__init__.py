@@ -74,7 +74,7 @@ class Slurm:
         _check_path("workdir", self.workdir)
         _check_words("python", self.python)
         _check_lines("setup", self.setup)
-        check_options(self.options or {}, "options")
+        check_options({} if self.options is None else self.options, "options")
         _check_count("max_in_flight", self.max_in_flight)
         if self.keep not in {None, "failed"}:
             raise ValueError(f"keep={self.keep!r}: must be 'failed' or None")

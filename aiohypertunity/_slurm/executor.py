@@ -26,13 +26,14 @@ import anyio
 
 from .. import _failures
 from .._errors import HypertunityError, SubmitError, TransportError
-from .._jobs import ScriptRef
+from .._jobs import FunctionRef, ScriptRef
 from .._results import Outcome, Status
 from .._scripts import parse_result
 from .._threads import in_thread
 from .._transports import Done, Lines, LinkLost, Transport, Wanted, transport_to
 from . import report, spool, text
 from .nodecode import node_code
+from .staging import Pinned, Staging
 from .verdict import Facts, Fate, judge, needs_word
 from .watcher import Budget, Mood, next_look
 
@@ -47,16 +48,23 @@ if TYPE_CHECKING:
     from . import Slurm
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 _LOG = logging.getLogger("aiohypertunity.slurm")
 
 _SETTLE = 0.02
 """Jobs that are dispatched within so many seconds go together."""
 
+_SETTLE_AT_MOST = 0.5
+"""But a stream of them that doesn't end is cut."""
+
 _AT_MOST = 1000
 """Elements of an array, and so files of one kind in a directory."""
 
 _TAIL = 65_536
+_BREATH = 0.1
+"""Seconds before what the link broke is begun anew."""
+
 _PATIENCE = 30.0
 """Seconds that squeue, sacct and scancel may take."""
 
@@ -70,6 +78,7 @@ class _Element:
     __slots__ = (
         "account",
         "account_asked",
+        "array",
         "attempts_before",
         "bad_result",
         "bad_tries",
@@ -81,10 +90,12 @@ class _Element:
         "end_at",
         "entry",
         "expired",
+        "group",
         "host",
         "index",
         "missing_since",
         "n_missing",
+        "pinned",
         "queued_at",
         "reading",
         "reason",
@@ -99,12 +110,16 @@ class _Element:
         "submission",
     )  # fmt: skip
 
-    def __init__(self, entry: Entry, now: float) -> None:
+    def __init__(self, entry: Entry, group: tuple[bool, tuple[str, ...]], now: float) -> None:
         self.entry = entry
+        self.group = group
         self.attempts_before = entry.attempt
         self.queued_at = now
         self.submission: _Submission | None = None
         self.index = -1
+        self.pinned: Pinned | None = None
+        # The one that claimed it, should it have been submitted twice.
+        self.array: str | None = None
         self.claims: set[int] = set()
         self.starts: set[int] = set()
         self.claimed_at = -1.0
@@ -135,16 +150,16 @@ class _Element:
         return isinstance(self.entry.job.target, ScriptRef)
 
     @property
-    def key(self) -> tuple[str, int]:
-        assert self.submission is not None
-        assert self.submission.array is not None
-        return self.submission.array, self.index
+    def key(self) -> tuple[str, int] | None:
+        """The array and the index under which Slurm knows it; None before it does."""
+        if self.submission is None or self.submission.array is None:
+            return None
+        return self.array or self.submission.array, self.index
 
     @property
     def slurm_id(self) -> str | None:
-        if self.submission is None or self.submission.array is None:
-            return None
-        return text.element_id(self.submission.array, self.index)
+        key = self.key
+        return None if key is None else text.element_id(*key)
 
     def facts(self, *, accounting: bool) -> Facts:
         """The evidence, less what belongs to a start before the last."""
@@ -218,14 +233,19 @@ class SlurmExecutor:
         self._slurm = slurm
         self._owner = owner
         self._transport: Transport = transport_to(slurm, emit)
+        # What lies here doesn't lie there.
+        self._staging = Staging(slurm.files) if slurm.host is not None else None
         self._loop = asyncio.get_running_loop()
         self._link_lost_at: float | None = None
         self._paused = 0.0
         self._run = f"ht-{secrets.token_hex(6)}"
         self._directory = ""
         self._site = text.Site()
+        self._limit = slurm.max_in_flight
+        self._longest_array = self._site.max_array
         self._main: asyncio.Task[None] | None = None
         self._queue: list[_Element] = []
+        self._plain_options = text.sbatch_options(slurm.options or {}, {}, {})
         self._submitting: list[_Element] = []
         self._submissions: dict[str, _Submission] = {}
         self._n_submissions = 0
@@ -247,13 +267,19 @@ class SlurmExecutor:
 
     def start(self, entry: Entry) -> None:
         """Queues it, to be submitted with those that come at about the same time."""
-        element = _Element(entry, self._now())
+        element = _Element(entry, self._group_of(entry.job), self._now())
         entry.place = element
+        try:
+            element.pinned = self._staging.pin(entry.job) if self._staging is not None else None
+        except OSError as error:
+            words = f"can't read {error.filename}: {error.strerror}"
+            self._loop.call_soon(self._finish, element, report.refused(TransportError(words)))
+            return
         self._queue.append(element)
         self._queued.set()
         if entry.job.queue_timeout is not None:  # type: ignore[attr-defined]  # it's a SlurmJob
             self._suspect(element)
-        if self._main is None:
+        if self._main is None or self._main.done():
             self._main = self._loop.create_task(self._live())
 
     def stop(self, entry: Entry) -> None:
@@ -278,16 +304,23 @@ class SlurmExecutor:
             self._main.cancel()
             await asyncio.wait([self._main])
         with anyio.CancelScope(shield=True):
-            with anyio.move_on_after(_PATIENCE), contextlib.suppress(HypertunityError, TimeoutError):
-                await self._clean_up()
+            with (
+                anyio.move_on_after(_PATIENCE),
+                contextlib.suppress(HypertunityError, TimeoutError),
+            ):
+                if self._main is not None:
+                    await self._clean_up()
             await self._transport.aclose()
 
     async def _clean_up(self) -> None:
-        left = [e for s in self._submissions.values() if s.array for e in s.elements if not e.done]
-        keys = {e.key for e in left} | self._twins
+        left = [e for s in self._submissions.values() for e in s.elements if not e.done]
+        keys = {key for e in left if (key := e.key) is not None} | self._twins
         if keys:
             await self._command(text.cancel_command(keys))
         if not self._directory:
+            # It may have been cancelled in the middle of being made.
+            command = f"cd {self._workdir()} 2>/dev/null && rm -rf {self._run} || :"
+            await self._transport.run(command, timeout=_PATIENCE)
             return
         kept = [s for s in self._submissions.values() if s.kept]
         if kept:
@@ -311,10 +344,13 @@ class SlurmExecutor:
                     self._read_forever,
                 ):
                     group.start_soon(loop)
-        except Exception as error:
+        except* TransportError as errors:
+            # The host doesn't let us in any more, say. The next job may try it again.
+            self._fail_all(_first(errors))
+        except* Exception as errors:
             # A fault of ours must not leave anybody waiting.
             _LOG.exception("the Slurm executor has failed")
-            self._fail_all(TransportError(f"the Slurm executor has failed: {error!r}"))
+            self._fail_all(TransportError(f"the Slurm executor has failed: {_first(errors)!r}"))
 
     def _fail_all(self, error: TransportError) -> None:
         everywhere = [e for s in self._submissions.values() for e in s.elements]
@@ -330,14 +366,15 @@ class SlurmExecutor:
 
     async def _through(self, operation: Callable[[], Awaitable[T]]) -> T:
         """Does what may be done twice, as often as the link fails under it."""
-        pause = 0.5
         while True:
             try:
                 result = await operation()
             except LinkLost as error:
                 self._link_down(error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 10)
+                # How long to wait for a link is for the transport to know.
+                await asyncio.sleep(_BREATH)
+            except TimeoutError as error:
+                _LOG.warning("%s is slow, and is asked again: %s", self._transport.host, error)
             else:
                 self._link_up()
                 return result
@@ -347,7 +384,9 @@ class SlurmExecutor:
             self._link_lost_at = self._loop.time()
         limit = self._slurm.give_up_after
         if limit is not None and self._loop.time() - self._link_lost_at > limit:
-            words = f"the link to {self._transport.host} was down for more than {limit:g} s: {error}"
+            words = (
+                f"the link to {self._transport.host} was down for more than {limit:g} s: {error}"
+            )
             self._fail_all(TransportError(words))
 
     def _link_up(self) -> None:
@@ -380,7 +419,7 @@ class SlurmExecutor:
                 self._queue.clear()
 
     async def _settle(self) -> None:
-        latest = self._loop.time() + 5 * _SETTLE
+        latest = self._loop.time() + _SETTLE_AT_MOST
         n_queued = -1
         while n_queued != len(self._queue) and self._loop.time() < latest:
             n_queued = len(self._queue)
@@ -389,7 +428,7 @@ class SlurmExecutor:
     def _next_group(self) -> list[_Element]:
         """Those next in the queue that can be one array, as far as there is room for them."""
         room = len(self._queue)
-        limit = self._slurm.max_in_flight
+        limit = self._limit
         if limit is not None:
             room = limit - self._n_in_flight
             # In chunks: one for one would be a submission for each job that ends.
@@ -397,36 +436,31 @@ class SlurmExecutor:
                 return []
         if not self._queue or room <= 0:
             return []
-        key = self._group_key(self._queue[0])
+        key = self._queue[0].group
         group: list[_Element] = []
         rest: list[_Element] = []
-        most = min(room, _AT_MOST, self._site.max_array)
+        most = min(room, _AT_MOST, self._longest_array)
         for element in self._queue:
-            fits = len(group) < most and self._group_key(element) == key
+            fits = len(group) < most and element.group == key
             (group if fits else rest).append(element)
         self._queue = rest
         self._submitting = group
         return group
 
-    def _group_key(self, element: _Element) -> tuple[object, ...]:
-        return element.is_script, *self._options(element.entry.job)
-
-    def _options(self, job: SlurmJob[Any] | Any) -> tuple[str, ...]:
+    def _group_of(self, job: SlurmJob[Any] | Any) -> tuple[bool, tuple[str, ...]]:
+        """What jobs of one array have in common: whether they are scripts, and their options."""
         meta = job.meta or {}
-        return text.sbatch_options(
-            self._slurm.options or {}, meta.get("options", {}), meta.get("resources", {})
-        )
+        asked = meta.get("options", {}), meta.get("resources", {})
+        options = self._plain_options
+        if any(asked):
+            options = text.sbatch_options(self._slurm.options or {}, *asked)
+        return isinstance(job.target, ScriptRef), options
 
     async def _prepare(self) -> None:
         """Makes the directory of the run and learns about the site, once."""
         if self._directory:
             return
-        workdir = "$HOME/.aiohypertunity"
-        if self._slurm.workdir is not None:
-            workdir = shlex.quote(os.fspath(self._slurm.workdir))
-            if self._transport.host is None:
-                workdir = shlex.quote(os.path.abspath(os.path.expanduser(self._slurm.workdir)))
-        command = _PREPARE.format(workdir=workdir, run=self._run, site=text.SITE_COMMAND)
+        command = _PREPARE.format(workdir=self._workdir(), run=self._run, site=text.SITE_COMMAND)
         done = await self._through(lambda: self._command(command))
         found = done.stdout.partition(_SPOOL_MARK)[2].partition("\n")[0]
         if not found:
@@ -441,50 +475,118 @@ class SlurmExecutor:
                 await self._transport.run(_remove_tree(found), timeout=_PATIENCE)
             raise SubmitError(f"Slurm can't be used here: {hopeless}")
         self._site = text.parse_site(done.stdout)
+        self._longest_array = self._site.max_array
         files = await in_thread(node_code)
         placed = {f"{found}/node/{name}": content for name, content in files.items()}
         await self._through(lambda: self._transport.put(placed))
         self._directory = found
 
+    def _workdir(self) -> str:
+        """The work directory, as a word for the shell there."""
+        path = (
+            "~/.aiohypertunity" if self._slurm.workdir is None else os.fspath(self._slurm.workdir)
+        )
+        if self._transport.host is None:
+            path = os.path.abspath(os.path.expanduser(path))
+        home, _, rest = path.partition("/")
+        return f'"$HOME"/{shlex.quote(rest)}' if home == "~" else shlex.quote(path)
+
     async def _submit(self, group: list[_Element]) -> None:
         self._n_submissions += 1
         submission = _Submission(self._n_submissions, self._run, self._directory, group)
         self._n_in_flight += len(group)
-        script, files = await in_thread(self._pack, submission)
-        await self._through(lambda: self._transport.put(files))
+        self._submissions[submission.name] = submission
+        try:
+            script = await self._put(submission)
+        except TransportError:
+            self._forget(submission)
+            # What is there of it may be what fills the disk.
+            with contextlib.suppress(TransportError, TimeoutError):
+                command = _remove_tree(submission.directory)
+                await self._transport.run(command, timeout=_PATIENCE)
+            raise
+        # From here on it is watched: a job may run before sbatch has said that there is one.
+        self._active.set()
         array = await self._sbatch(submission, script)
         if array is not None:
             self._submitted(submission, array)
 
+    async def _put(self, submission: _Submission) -> str:
+        """Puts there what an array needs; gives its script."""
+        try:
+            script, files = await in_thread(self._pack, submission)
+        except OSError as error:
+            raise TransportError(f"can't read {error.filename}: {error.strerror}") from error
+        await self._through(lambda: self._transport.put(files))
+        await self._let_run(submission, files)
+        return script
+
+    async def _let_run(self, submission: _Submission, files: dict[str, Content]) -> None:
+        """The files are there: marks programs among the scripts as such."""
+        if self._staging is None:
+            return
+        names = {
+            os.path.basename(e.pinned.path)
+            for e in submission.elements
+            if e.pinned and e.pinned.runs
+        }
+        root = f"{self._directory}/{_SCRIPTS}"
+        paths = [p for p in files if p.startswith(f"{root}/") and os.path.basename(p) in names]
+        if paths:
+            command = f"chmod 700 {shlex.join(paths)}"
+            await self._through(lambda: self._transport.run(command, timeout=_PATIENCE))
+        self._staging.placed(files, root)
+
+    def _place(self, submission: _Submission, files: dict[str, Content]) -> dict[_Element, str]:
+        """Where the elements' scripts lie there; adds to `files` those that have to be put there."""
+        places: dict[Pinned, str] = {}
+        for element in submission.elements:
+            if self._staging is not None and element.pinned and element.pinned not in places:
+                root = f"{self._directory}/{_SCRIPTS}"
+                places[element.pinned], needed = self._staging.place(element.pinned, root)
+                files |= needed
+        return {e: places[e.pinned] for e in submission.elements if e.pinned is not None}
+
     def _pack(self, submission: _Submission) -> tuple[str, dict[str, Content]]:
         """The script of an array, and the files it needs. Runs in a thread."""
         directory = submission.directory
-        elements = [self._text_element(element) for element in submission.elements]
+        files: dict[str, Content] = {}
+        scripts = self._place(submission, files)
+        elements = [self._text_element(e, scripts.get(e)) for e in submission.elements]
         script, table = text.batch_script(directory, self._slurm.setup, elements)
         # Nobody reads it there; but sbatch's own copy is hard to come by when one wants to see it.
-        files: dict[str, Content] = {f"{directory}/script": script.encode()}
+        files[f"{directory}/script"] = script.encode()
         if table is not None:
             files[f"{directory}/{text.TABLE}"] = table.encode()
-        calls: list[Call] = [e.entry.call for e in submission.elements if not e.is_script]
-        if calls:
+        callables = [element for element in submission.elements if not element.is_script]
+        if callables:
             names: dict[str, str] = {}
-            packed = [_packed(call, names) for call in calls]
+            packed = [_packed(self._function(e, scripts), e.entry.call, names) for e in callables]
             files[f"{directory}/{spool.CALLS}"] = spool.pack(packed, self._surroundings())
             files.update((f"{directory}/{name}", Path(path)) for path, name in names.items())
         return script, files
+
+    def _function(self, element: _Element, scripts: dict[_Element, str]) -> bytes:
+        call: Call = element.entry.call
+        if self._staging is None or element not in scripts:
+            return call.function
+        target = element.entry.job.target
+        assert isinstance(target, FunctionRef)
+        return self._staging.named(target, scripts[element])
 
     def _surroundings(self) -> dict[str, Any]:
         here = self._transport.host is None
         path = [os.path.abspath(entry) for entry in sys.path] if here else []
         return {"python": list(sys.version_info[:2]), "sys_path": path}
 
-    def _text_element(self, element: _Element) -> text.Element:
+    def _text_element(self, element: _Element, script: str | None = None) -> text.Element:
         entry = element.entry
         job = entry.job
         if element.is_script:
             call: ScriptCall = entry.call
+            words = call.words if script is None else self._staged_words(job, call, script)
             command: text.Callable | text.Script = text.Script(
-                call.words, call.output_words, call.output
+                words, call.output_words, call.output
             )
         else:
             command = text.Callable(self._python(job), f"{self._directory}/node")
@@ -493,6 +595,17 @@ class SlurmExecutor:
             cwd = os.getcwd()
         env = tuple((job.env or {}).items())
         return text.Element(command, cwd, job.cwd is not None, env, entry.timeout)
+
+    def _staged_words(
+        self, job: SlurmJob[Any] | Any, call: ScriptCall, script: str
+    ) -> tuple[str, ...]:
+        """A script's command line, with the place that it was put to, and a Python of the cluster."""
+        assert isinstance(job.target, ScriptRef)
+        binary = job.target.binary
+        rest = call.words[len(binary) + 1 :]
+        if script.endswith(".py") and "binary" not in (job.meta or {}):
+            binary = self._python(job)
+        return (*binary, script, *rest)
 
     def _python(self, job: SlurmJob[Any] | Any) -> tuple[str, ...]:
         named = (job.meta or {}).get("binary") or self._slurm.python
@@ -507,7 +620,7 @@ class SlurmExecutor:
         for by their token before anything is submitted again.
         """
         command = text.submit_command(
-            self._options(submission.elements[0].entry.job),
+            submission.elements[0].group[1],
             directory=submission.directory,
             run=self._run,
             submission=submission.token,
@@ -516,8 +629,8 @@ class SlurmExecutor:
         for n_tries in range(1, sys.maxsize):
             array, words, refusal = await self._sbatch_once(command, script)
             if array is None:
-                array = await self._look_up(submission, wait=refusal != "never")
-            if array is not None:
+                array = await self._look_up(submission, wait=refusal in {"busy", "again"})
+            if array is not None or submission.array is not None:
                 return array
             if refusal == "never" or (refusal == "again" and n_tries >= _TRIES):
                 self._refuse(submission.elements, SubmitError(f"sbatch refused it: {words}"))
@@ -528,7 +641,7 @@ class SlurmExecutor:
                 return None
             _LOG.warning("sbatch failed and will be tried again: %s", words)
             self._say_pending(live, words)
-            if refusal == "limit" and await self._make_smaller(submission):
+            if refusal == "limit" and self._make_smaller(submission):
                 return None
             await asyncio.sleep(min(2.0**n_tries, 30))
         return None
@@ -555,6 +668,8 @@ class SlurmExecutor:
             await asyncio.sleep(pause)
             found = None
             while found is None:
+                if submission.array is not None:  # its jobs have spoken in the spool
+                    return None
                 found = await self._squeue()
                 if found is None:
                     await asyncio.sleep(1)
@@ -563,20 +678,26 @@ class SlurmExecutor:
                     return array
         return None
 
-    async def _make_smaller(self, submission: _Submission) -> bool:
-        """Slurm holds as many of our jobs as it will: tries with half of these, once some have ended."""
-        elements = [e for e in submission.elements if not e.done]
-        if len(elements) < 2 and not self._n_in_flight > len(elements):
+    def _make_smaller(self, submission: _Submission) -> bool:
+        """Slurm holds as many of our jobs as it will: finds out how many, and puts these back.
+
+        Halves the arrays until one fits; when not even a single job does, what is there is the limit.
+        """
+        others = self._n_in_flight - len(submission.elements)
+        if len(submission.elements) > 1:
+            self._longest_array = len(submission.elements) // 2
+        elif others > 0:
+            self._limit = others
+            self._longest_array = self._site.max_array
+        else:
             return False
         self._abandon(submission, requeue=True)
-        half = max(1, len(elements) // 2)
-        self._site = self._site._replace(max_array=half)
-        await asyncio.sleep(2)
         return True
 
     def _abandon(self, submission: _Submission, *, requeue: bool = False) -> None:
         """The array wasn't submitted and won't be; its elements are over, or wait again."""
         self._n_in_flight -= len(submission.elements)
+        self._forget(submission)
         again = []
         for element in submission.elements:
             element.submission = None
@@ -588,11 +709,16 @@ class SlurmExecutor:
             self._queue[:0] = again
             self._queued.set()
 
+    def _forget(self, submission: _Submission) -> None:
+        """Nothing will come of it; its directory goes with the run's."""
+        self._submissions.pop(submission.name, None)
+
     def _refuse(self, elements: Iterable[_Element], error: SubmitError | TransportError) -> None:
         for element in list(elements):
             if element.done:
                 continue
             if element.submission is not None:
+                self._forget(element.submission)
                 self._n_in_flight -= 1
                 element.submission = None
             if element.stopping:
@@ -612,12 +738,13 @@ class SlurmExecutor:
                 self._owner.pending(element.entry, reason, slurm_id=element.slurm_id)
 
     def _submitted(self, submission: _Submission, array: str) -> None:
+        if submission.array is not None:
+            return
         submission.array = array
         submission.submitted_at = self._now()
         submission.epoch = time.time()
-        self._submissions[submission.name] = submission
-        self._active.set()
         self._changed()
+        self._look_now.set()
         for element in submission.elements:
             element.reason = ""
             if not element.done:
@@ -628,7 +755,7 @@ class SlurmExecutor:
     # Names in the spool.
 
     async def _watch_forever(self) -> None:
-        pause = 0.1
+        pause = _BREATH
         while True:
             await self._active.wait()
             began = self._loop.time()
@@ -638,7 +765,8 @@ class SlurmExecutor:
                     self._link_up()
                 except LinkLost as error:
                     self._link_down(error)
-            pause = 0.1 if self._loop.time() - began > 5 else min(2 * pause, 10)
+                    began = -1e9
+            pause = _BREATH if self._loop.time() - began > 5 else min(2 * pause, 10)
             await asyncio.sleep(pause)
 
     async def _watch(self) -> None:
@@ -656,17 +784,22 @@ class SlurmExecutor:
                 lease.cancel()
 
     def _take_names(self, submission: _Submission, line: str) -> None:
-        names = frozenset(line.split(" "))
+        names = frozenset(line.split())
         signs = [sign for name in names - submission.names if (sign := text.parse_sign(name))]
         submission.names = names
         for sign in sorted(signs, key=lambda sign: _ORDER[sign.kind]):
-            element = submission.elements[sign.element]
-            if not element.done:
-                self._take_sign(element, sign)
+            if sign.element < len(submission.elements):  # else it's somebody else's file
+                element = submission.elements[sign.element]
+                if not element.done:
+                    self._take_sign(element, sign)
 
     def _take_sign(self, element: _Element, sign: text.Sign) -> None:
         now = self._now()
         self._changed()
+        if sign.array:
+            element.array = sign.array
+            assert element.submission is not None
+            self._submitted(element.submission, sign.array)
         element.host = sign.node or element.host
         if sign.restart not in element.claims:
             self._claimed(element, sign.restart, now)
@@ -723,7 +856,10 @@ class SlurmExecutor:
     async def _until_look(self, last: float) -> None:
         while True:
             now = self._now()
-            at = max(next_look(self._mood, last, now), self._budget.ready(2, now))
+            at = next_look(self._mood, last, now)
+            if self._transport.host is not None and self._mood.urgent_since is None:
+                at += at - last  # across a link each look is nine messages
+            at = max(at, self._budget.ready(2, now))
             if at <= now:
                 return
             self._look_now.clear()
@@ -735,10 +871,10 @@ class SlurmExecutor:
         self._budget.spend(2, self._now())
         try:
             done = await self._command(text.look_command(self._run))
-        except TimeoutError:
-            return None
         except LinkLost as error:
             self._link_down(error)
+            return None
+        except (TimeoutError, TransportError):
             return None
         self._link_up()
         if done.exit_status != 0:
@@ -751,21 +887,20 @@ class SlurmExecutor:
             if submission.array is None or submission.submitted_at >= began:
                 continue
             for element in submission.elements:
-                seen = found.get(element.key)
+                key = element.key
+                seen = None if key is None else found.get(key)
                 if seen is not None and seen.submission == submission.token:
                     self._take_seen(element, seen, began)
                 elif not element.done:
-                    element.missed(began, siblings=submission.array in listed)
+                    element.missed(began, siblings=key is not None and key[0] in listed)
                     self._suspect(element)
             await asyncio.sleep(0)  # thousands of elements are looked through in steps
 
     def _take_seen(self, element: _Element, seen: text.Seen, began: float) -> None:
         waits = seen.state in text.WAITING
         if element.done:
-            # Its result is here, and Slurm would run it again.
-            if waits and element.claims and element.key not in self._twins:
-                self._twins.add(element.key)
-                self._cancelling.set()
+            element.saw(seen, began)
+            self._cancel_twin(element)
             return
         if element.seen is None or element.seen.state != seen.state:
             self._changed()
@@ -774,6 +909,14 @@ class SlurmExecutor:
             self._say_pending([element], seen.reason or seen.state)
         if seen.state in text.ENDED:
             self._suspect(element)
+
+    def _cancel_twin(self, element: _Element) -> None:
+        """Its result is here, and Slurm would run it again."""
+        seen, key = element.seen, element.key
+        requeued = seen is not None and seen.state in text.WAITING and bool(element.claims)
+        if requeued and element.seen_at > element.claimed_at and key is not None:
+            self._twins.add(key)
+            self._cancelling.set()
 
     async def _ask_accounts(self) -> None:
         """Asks the accounting about elements that squeue no longer knows."""
@@ -794,10 +937,11 @@ class SlurmExecutor:
 
     async def _account(self, elements: Sequence[_Element]) -> None:
         submissions = [e.submission for e in elements if e.submission is not None]
-        arrays = sorted({s.array for s in submissions if s.array is not None})
+        keys = {e: key for e in elements if (key := e.key) is not None}
+        arrays = sorted({array for array, _ in keys.values()})
         age = int(time.time() - min(s.epoch for s in submissions)) + 60
         found: dict[tuple[str, int], text.Accounted] | None = None
-        with contextlib.suppress(TimeoutError, LinkLost):
+        with contextlib.suppress(TimeoutError, TransportError):
             command = text.account_command(arrays, f"now-{age}seconds")
             done = await self._command(command, timeout=_ACCOUNT_PATIENCE)
             if done.exit_status == 0:
@@ -805,8 +949,8 @@ class SlurmExecutor:
         if found is None:
             self._accounting_from = self._loop.time() + 60
             return
-        for element in elements:
-            element.account = found.get(element.key, element.account)
+        for element, key in keys.items():
+            element.account = found.get(key, element.account)
 
     def _changed(self) -> None:
         self._mood = self._mood._replace(changed_at=self._now())
@@ -886,34 +1030,36 @@ class SlurmExecutor:
             self._cancelling.clear()
             ready = [e for e in self._cancels if e.slurm_id is not None and not e.done]
             self._cancels = {e: None for e in self._cancels if e.slurm_id is None and not e.done}
-            twins, self._twins = self._twins, set()
+            twins = set(self._twins)
             late = [e for e in ready if e.expired and not e.stopping]
             now = [e for e in ready if not e.expired or e.stopping]
             if now or twins:
                 await self._scancel(now, text.cancel_command(*self._whole(now, twins)))
+                # Not before: whoever leaves in the middle of it must know of them.
+                self._twins -= twins
             if late:
                 # One that has just begun to run had its turn.
-                command = text.cancel_command([e.key for e in late])
+                command = text.cancel_command(_keys(late))
                 await self._scancel(late, f"{command} --state=PENDING")
 
     def _whole(
         self, elements: Sequence[_Element], twins: set[tuple[str, int]]
     ) -> tuple[set[tuple[str, int]], set[str]]:
         """The same as single elements and whole arrays, as few words as possible."""
-        keys = {element.key for element in elements} | twins
+        keys = _keys(elements) | twins
         whole = set()
-        for submission in {e.submission for e in elements}:
-            assert submission is not None
-            assert submission.array is not None
+        for submission in {e.submission for e in elements if e.submission is not None}:
+            own = [e.key for e in submission.elements]
+            arrays = {key[0] for key in own if key is not None}
             if all(e.done or e.key in keys for e in submission.elements):
-                whole.add(submission.array)
+                whole |= arrays
         return {key for key in keys if key[0] not in whole}, whole
 
     async def _scancel(self, elements: Sequence[_Element], command: str) -> None:
         self._budget.spend(1, self._now())
         try:
             done = await self._command(command)
-        except (TimeoutError, LinkLost):
+        except (TimeoutError, TransportError):
             accepted = False
         else:
             # It also fails for jobs that are gone, which is as good.
@@ -951,26 +1097,59 @@ class SlurmExecutor:
                 except LinkLost as error:
                     self._link_down(error)
                     self._endings[:0] = [pair for pair in batch if not pair[0].done]
-                    await asyncio.sleep(1)
+                    await asyncio.sleep(_BREATH)
+                except TimeoutError:
+                    self._endings += [pair for pair in batch if not pair[0].done]
                 await self._flush_garbage()
 
     async def _read(self, batch: Sequence[tuple[_Element, Fate]]) -> None:
+        batch = await self._confirm(batch)
         failed = [e for e, fate in batch if fate not in {Fate.READ, Fate.CANCELLED}]
         if failed and self._has_accounting():
-            await self._account([e for e in failed if e.account is None or e.account.max_rss is None])
+            await self._account(
+                [e for e in failed if e.account is None or e.account.max_rss is None]
+            )
         wanted = [files for element, fate in batch for files in _wanted(element, fate)]
         contents = iter(await self._transport.get(wanted))
         for element, fate in batch:
             log, end, result = next(contents), next(contents), next(contents)
             await self._conclude(element, fate, log, end, result)
 
+    def _lose(self, elements: Iterable[_Element], why: str) -> None:
+        """They are over, and what they left can't be read."""
+        for element in elements:
+            if not element.done and element.reading:
+                ending = _with_loss(_ending(element, None, None), why)
+                self._finish(element, report.report(element.entry.job, Fate.LOST, ending))
+
+    async def _confirm(self, batch: Sequence[tuple[_Element, Fate]]) -> list[tuple[_Element, Fate]]:
+        """Looks into the spool once more for those whose shell has left no word: the watcher may be stuck."""
+        silent = [e for e, fate in batch if fate is not Fate.READ and e.end is None]
+        for submission in {e.submission for e in silent if e.submission is not None}:
+            command = text.listing(submission.directory)
+            done = await self._transport.run(command, timeout=_PATIENCE)
+            if done.exit_status == 0:
+                self._take_names(submission, done.stdout.strip())
+        changed = {e for e in silent if e.result is not None or e.end is not None}
+        for element in changed:
+            element.reading = False
+            self._suspect(element)
+        return [(e, fate) for e, fate in batch if e not in changed]
+
     async def _conclude(
-        self, element: _Element, fate: Fate, log: bytes | None, end: bytes | None, result: bytes | None
+        self,
+        element: _Element,
+        fate: Fate,
+        log: bytes | None,
+        end: bytes | None,
+        result: bytes | None,
     ) -> None:
         ending = _ending(element, log, end)
         if fate is not Fate.READ:
             if element.expired and fate is Fate.CANCELLED and not element.claims:
-                outcome = report.waited_too_long(element.entry.job, element.reason, element.slurm_id)
+                outcome = report.waited_too_long(
+                    element.entry.job, element.reason, element.slurm_id
+                )
             else:
                 outcome = report.report(element.entry.job, fate, ending)
         elif element.is_script:
@@ -996,7 +1175,7 @@ class SlurmExecutor:
         assert element.submission is not None
         files = []
         for name, size in reply.files:
-            path = await self._transport.fetch(f"{element.submission.directory}/{name}")
+            path = await self._fetch(f"{element.submission.directory}/{name}")
             if not os.path.exists(path) or os.path.getsize(path) != size:
                 raise spool.BadFile(f"its part {name} isn't whole")
             files.append(path)
@@ -1009,6 +1188,14 @@ class SlurmExecutor:
         outcome.max_rss = facts["max_rss"]
         outcome.exit_code = 0 if outcome.status is Status.SUCCEEDED else 1
         return outcome
+
+    async def _fetch(self, path: str) -> str:
+        try:
+            return await self._transport.fetch(path)
+        except LinkLost:
+            raise
+        except TransportError as error:
+            raise spool.BadFile(str(error)) from error
 
     def _distrust(self, element: _Element, why: str) -> None:
         """Its result isn't whole: reads it again, and takes it for lost if that doesn't help."""
@@ -1030,18 +1217,28 @@ class SlurmExecutor:
     async def _flush_garbage(self) -> None:
         """Removes what has been read: with its whole directory, where that is over."""
         commands = []
-        for submission in tuple(self._submissions.values()):
+        over = []
+        swept: list[tuple[_Submission, int]] = []
+        for submission in self._submissions.values():
+            directory = shlex.quote(submission.directory)
             if submission.n_left == 0 and not submission.kept:
                 commands.append(_remove_tree(submission.directory))
-                del self._submissions[submission.name]
-            elif len(submission.garbage) >= _GARBAGE or submission.n_left == 0:
-                names = " ".join(submission.garbage)
-                submission.garbage = []
-                if names:
-                    directory = shlex.quote(submission.directory)
-                    commands.append(f"cd {directory} && rm -f {names}")
+                over.append(submission)
+            elif len(submission.garbage) >= _GARBAGE or (
+                submission.n_left == 0 and submission.garbage
+            ):
+                commands.append(f"cd {directory} && rm -f {' '.join(submission.garbage)}")
+                swept.append((submission, len(submission.garbage)))
         if commands:
-            await self._transport.run("\n".join(commands), timeout=_PATIENCE)
+            try:
+                await self._transport.run("\n".join(commands), timeout=_PATIENCE)
+            except (LinkLost, TimeoutError):
+                return  # done with the next, or in the end with the run's directory
+        # Not before: whoever is cancelled here leaves it to the next.
+        for submission in over:
+            self._forget(submission)
+        for submission, n_names in swept:
+            del submission.garbage[:n_names]
         if all(s.n_left == 0 for s in self._submissions.values()):
             self._active.clear()
             if self._watching is not None:
@@ -1053,6 +1250,7 @@ class SlurmExecutor:
         self._suspects.discard(element)
         submission = element.submission
         if submission is not None:
+            self._cancel_twin(element)
             submission.n_left -= 1
             self._n_in_flight -= 1
             if self._queue:
@@ -1068,18 +1266,29 @@ _BATCH = 64
 _GARBAGE = 256
 _ACCOUNT_PATIENCE, _ACCOUNT_LAG = 10.0, 8.0
 
+_SCRIPTS = "scripts"
 _SPOOL_MARK = "aiohypertunity-spool:"
 _PREPARE = f"""\
 umask 077
-mkdir -p {{workdir}} && cd {{workdir}} && mkdir {{run}} || exit 1
+mkdir -p {{workdir}} && cd {{workdir}} && mkdir -p {{run}} || exit 1
 echo "{_SPOOL_MARK}$PWD/{{run}}"
 {{site}}
 """
 
 
+def _first(errors: ExceptionGroup[E]) -> E:
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error
+
+
+def _keys(elements: Iterable[_Element]) -> set[tuple[str, int]]:
+    return {key for element in elements if (key := element.key) is not None}
+
+
 def _remove_tree(path: str) -> str:
-    # On NFS a file that is still open leaves a name behind: then it goes with the run's directory.
-    return f"rm -rf {shlex.quote(path)} 2>/dev/null || :"
+    """The command that removes a directory, into which a job that was ended may still write a last word."""
+    # On NFS a file that is still open leaves a name behind: that goes with the run's directory.
+    return f"for nap in 0.2 0.5 1 0; do rm -rf {shlex.quote(path)} 2>/dev/null && break; sleep $nap; done"
 
 
 async def _renew(lines: Lines) -> None:
@@ -1088,7 +1297,7 @@ async def _renew(lines: Lines) -> None:
         await asyncio.sleep(_LEASE)
 
 
-def _packed(call: Call, names: dict[str, str]) -> spool.Packed:
+def _packed(function: bytes, call: Call, names: dict[str, str]) -> spool.Packed:
     """A call with its files under names in the submission's directory, each file once."""
 
     def name(path: str) -> str:
@@ -1096,7 +1305,7 @@ def _packed(call: Call, names: dict[str, str]) -> spool.Packed:
 
     payload = call.payload
     return spool.Packed(
-        call.function,
+        function,
         payload if isinstance(payload, bytes) else name(payload.path),
         tuple(map(name, call.function_files)),
         tuple(map(name, call.files)),
@@ -1119,7 +1328,9 @@ def _wanted(element: _Element, fate: Fate) -> list[Wanted]:
     end = Wanted("")
     if element.end is not None:
         sign = element.end
-        end = Wanted(f"{directory}/{sign.element}.{sign.restart}.end.{sign.code}.{sign.why}")
+        end = Wanted(
+            f"{directory}/{sign.element}.{sign.restart}.end.{sign.array}.{sign.code}.{sign.why}"
+        )
     result = Wanted("")
     if fate is Fate.READ and element.is_script:
         result = Wanted(_output_path(element))

@@ -199,7 +199,9 @@ def _cancelled(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
 
 def _cancelled_outside(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
     when = "while it ran" if ending.started else "before it ran"
-    message = f"{_where(job, ending)} was cancelled {when}, and not by this scheduler{_words(ending)}"
+    message = (
+        f"{_where(job, ending)} was cancelled {when}, and not by this scheduler{_words(ending)}"
+    )
     return Status.CANCELLED, JobCancelled(message, job=job)
 
 

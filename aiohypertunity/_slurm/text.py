@@ -7,10 +7,10 @@ element, runs the job as a child, waits for it through signals, and leaves word 
 a file, since a name can be left on a disk that is full:
 
     5.0.run              element 5, restart 0, is claimed
-    5.0.on.node7         it runs on node7, or its shell was killed; took the place of the claim
+    5.0.on.77.node7      it runs, as of array 77, on node7, or its shell was killed; took the claim's place
     5.0.result           what a callable returned or raised
-    5.0.end.143.TERM     the child is gone: its exit code, and why as far as the shell knows; took the
-                         place of the above
+    5.0.end.77.143.TERM  the child is gone: its exit code, and why as far as the shell knows; took the
+                         place of the one before
     log.5  out.5.0.pkl  buffer.5.0.0     its output, what a script left, a large part of a result
 """
 
@@ -62,11 +62,15 @@ def check_options(options: object, what: str = "meta['options']") -> None:
         if _SHORT.match(name):
             raise ValueError(f"{what}[{name!r}]: give the option by its long name")
         if not _OPTION.match(long):
-            raise ValueError(f"{what}[{name!r}]: write a long option's name without dashes before it")
+            raise ValueError(
+                f"{what}[{name!r}]: write a long option's name without dashes before it"
+            )
         if long in RESERVED:
             raise ValueError(f"{what}[{name!r}] can't be set: {RESERVED[long]}")
         if value is not None and not isinstance(value, str | int | float | os.PathLike):
-            raise TypeError(f"{what}[{name!r}]={value!r}: must be a string, a number, True, or None")
+            raise TypeError(
+                f"{what}[{name!r}]={value!r}: must be a string, a number, True, or None"
+            )
         if "\n" in str(value) or "\0" in str(value):
             raise ValueError(f"{what}[{name!r}]={value!r}: must be one line")
 
@@ -237,7 +241,11 @@ def _element(element: Element) -> str:
     if isinstance(command, Script):
         # A callable has a guard of its own, which costs no process.
         lines.append("ht_guard=1")
-        output = '"$ht_dir/out.${ht_key##*/}.pkl"' if command.output is None else shlex.quote(command.output)
+        output = (
+            '"$ht_dir/out.${ht_key##*/}.pkl"'
+            if command.output is None
+            else shlex.quote(command.output)
+        )
         lines.append(f"ht_out={output}")
         lines.append('if [ -e "$ht_out" ]; then mv -f "$ht_out" "$ht_out.before"; fi')
         lines.append('export AIOHYPERTUNITY_OUTPUT_FILE="$ht_out"')
@@ -300,7 +308,7 @@ set +C
 for ht_mark in "$ht_key".on.* "$ht_key".end.*; do
     [ -e "$ht_mark" ] && {{ rm -f "$ht_key.run"; exit 0; }}
 done
-ht_mark=$ht_key.on.${{SLURMD_NODENAME:-unknown}}
+ht_mark=$ht_key.on.$SLURM_ARRAY_JOB_ID.${{SLURMD_NODENAME:-unknown}}
 mv "$ht_key.run" "$ht_mark"
 
 # Whether it was for memory that something here was killed.
@@ -330,7 +338,7 @@ ht_ended() {{
     [ "$1.$ht_why" != 137.0 ] || ht_look_killed
     ht_now
     echo "${{SLURMD_NODENAME:--}} $ht_begun $ht_up" >>"$ht_mark"
-    mv "$ht_mark" "$ht_key.end.$1.$ht_why"
+    mv "$ht_mark" "$ht_key.end.$SLURM_ARRAY_JOB_ID.$1.$ht_why"
 }} 2>/dev/null
 ht_kill() {{
     [ -n "$ht_child" ] || return
@@ -389,6 +397,7 @@ class Sign(NamedTuple):
         element: Its index.
         restart: How many times Slurm had started it before.
         kind: "run", "on", "result" or "end".
+        array: The array's id, for "on" and "end": it tells what sbatch may have kept to itself.
         node: For "on".
         code: The child's exit code, as the shell has it; for "end".
         why: What was signalled to the shell before: "TERM", "USR2", "TIME" (our own limit). Or why the
@@ -398,6 +407,7 @@ class Sign(NamedTuple):
     element: int
     restart: int
     kind: str
+    array: str = ""
     code: int = 0
     why: str = "0"
     node: str = ""
@@ -405,20 +415,23 @@ class Sign(NamedTuple):
 
 def parse_sign(name: str) -> Sign | None:
     """What a file's name tells, or None if it tells nothing."""
-    index, _, rest = name.partition(".")
-    restart, _, rest = rest.partition(".")
-    kind, _, rest = rest.partition(".")
+    number, restart, kind, array, rest, *_ = (*name.split(".", 4), "", "", "", "", "")
     try:
-        if kind in {"run", "result"} and not rest:
-            return Sign(int(index), int(restart), kind)
+        if kind in {"run", "result"}:
+            return Sign(int(number), int(restart), kind)
         if kind == "on":
-            return Sign(int(index), int(restart), kind, node=rest)
+            return Sign(int(number), int(restart), kind, array, node=rest)
         if kind == "end":
             code, _, why = rest.partition(".")
-            return Sign(int(index), int(restart), kind, int(code), why)
+            return Sign(int(number), int(restart), kind, array, int(code), why)
     except ValueError:
         pass
     return None
+
+
+def listing(directory: str) -> str:
+    """The command that says the same of one submission, now."""
+    return f"cd {shlex.quote(directory)} && echo [0-9]*"
 
 
 def watcher(directory: str) -> str:
@@ -437,7 +450,7 @@ LC_ALL=C
 cd {directory} || exit 1
 ht_dir=$PWD quiet=0 age=0
 exec 3<&0
-(while read -r line; do kill -s USR1 $$; done; kill -s TERM $$) <&3 & reader=$!
+(while read -r line; do kill -s USR1 $$; done; kill -s TERM $$) <&3 >/dev/null 2>&1 & reader=$!
 trap 'age=0' USR1
 trap 'kill $reader; exit' TERM
 while [ $age -lt 60000 ]; do
@@ -518,12 +531,12 @@ def refusal(words: str) -> str:
 
     Returns:
         "limit": it holds as many jobs of ours as it will. "never": what was asked can't be had.
-        "again": something that may pass.
+        "busy": time will mend it. "again": nobody knows.
     """
     if _LIMIT.search(words):
         return "limit"
     if _TRANSIENT.search(words):
-        return "again"
+        return "busy"
     return "never" if _DEFINITE.search(words) else "again"
 
 
@@ -583,7 +596,9 @@ def parse_ids(text: str) -> list[tuple[str, int]]:
         return []
     if match["one"]:
         return [(match["array"], int(match["one"]))]
-    return [(match["array"], i) for part in match["many"].split(",") if part for i in _indices(part)]
+    return [
+        (match["array"], i) for part in match["many"].split(",") if part for i in _indices(part)
+    ]
 
 
 def _indices(part: str) -> range:
@@ -629,7 +644,9 @@ def account_command(arrays: Iterable[str], since: str) -> str:
     """
     fields = "JobID,JobName,State,ExitCode,NodeList,MaxRSS"
     ids = ",".join(arrays)
-    return f"sacct --noheader --parsable2 --array --starttime={since} --jobs={ids} --format={fields}"
+    return (
+        f"sacct --noheader --parsable2 --array --starttime={since} --jobs={ids} --format={fields}"
+    )
 
 
 class Accounted(NamedTuple):

@@ -1,0 +1,389 @@
+"""Slurm as text, verdicts, and when to look: rules, tested from tables without any Slurm."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import aiohypertunity as ht
+from aiohypertunity import SlurmJob
+from aiohypertunity._slurm import node, spool, text
+from aiohypertunity._slurm.text import Sign
+from aiohypertunity._slurm.verdict import Facts, Fate, judge
+from aiohypertunity._slurm.watcher import Budget, Mood, next_look
+
+# --- options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(text.RESERVED))
+def test_our_own_options_are_refused_by_name(name: str) -> None:
+    """An option that we need ourselves is refused when the job is made, and the error names it."""
+    with pytest.raises(ValueError, match=name):
+        SlurmJob(len, ([],), meta={"options": {name: "x"}})
+    with pytest.raises(ValueError, match="can't be set"):
+        ht.Slurm(options={name.replace("-", "_"): "x"})
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"options": {"--partition": "x"}},
+        {"options": {"p": "x"}},
+        {"options": {"exclude": "a\nb"}},
+        {"resources": {"cpus": 2}},
+        {"resources": {"cpu": 0}},
+        {"resources": {"gpu": "a100:many"}},
+        {"resources": {"memory": "8X"}},
+        {"resources": {"time": "soon"}},
+    ],
+)
+def test_impossible_requests(meta: dict[str, Any]) -> None:
+    """What can't be asked for is refused when the job is made."""
+    with pytest.raises(ValueError):
+        SlurmJob(len, ([],), meta=meta)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"workdir": 5}, {"python": []}, {"setup": "module load x"}, {"max_in_flight": 0}, {"keep": "all"},
+        {"give_up_after": -1}, {"connect": {}}, {"host": ""}, {"options": []}, {"workdir": "/a%b"},
+    ],
+)  # fmt: skip
+def test_impossible_clusters(wrong: dict[str, Any]) -> None:
+    """A mistake in `Slurm(...)` fails where it's made."""
+    with pytest.raises((TypeError, ValueError)):
+        ht.Slurm(**wrong)
+
+
+def test_a_password_is_in_no_repr() -> None:
+    """What connects may hold a secret."""
+    assert "secret" not in repr(ht.Slurm("me@there", connect={"password": "secret"}))
+
+
+def test_the_nearer_option_wins() -> None:
+    """A job's options go before those for all, resources before both; requeue is always said."""
+    options = text.sbatch_options(
+        {"partition": "a", "mem": "1G", "hold": True},
+        {"partition": "b", "hold": None},
+        {"memory": "2gb", "gpu": "a100:2"},
+    )
+    assert set(options) == {
+        "--partition=b",
+        "--mem=2G",
+        "--gres=gpu:a100:2",
+        "--requeue",
+        "--kill-on-invalid-dep=yes",
+    }
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [
+        ("3", 180),
+        ("5:30", 330),
+        ("1:00:00", 3600),
+        ("1-2", 93600),
+        ("1-0:30", 88200),
+        ("UNLIMITED", None),
+    ],
+)
+def test_times(limit: str, wanted: float | None) -> None:
+    """Slurm's ways to write a time."""
+    assert text.seconds(limit) == wanted
+
+
+# --- what Slurm says -----------------------------------------------------------------------------
+
+
+@given(st.sets(st.integers(0, 3000), min_size=1))
+def test_indices_there_and_back(indices: set[int]) -> None:
+    """What is cancelled by a list of ranges is what the list was made from."""
+    listed = text.parse_ids(f"7_[{text.format_indices(indices)}]")
+    assert sorted(listed) == [("7", index) for index in sorted(indices)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "wanted"),
+    [
+        ("12_3", [3]),
+        ("12_[5-7%4]", [5, 6, 7]),
+        ("12_[0,4-8:2]", [0, 4, 6, 8]),
+        ("12", []),
+        ("12_[5-", []),
+        ("", []),
+    ],
+)
+def test_ids(ids: str, wanted: list[int]) -> None:
+    """The ways in which squeue names elements; what isn't one is none."""
+    assert [index for _, index in text.parse_ids(ids)] == wanted
+
+
+def test_a_look() -> None:
+    """States lose their trimmings, and a reason may hold anything."""
+    answer = "9_[1-2]|PENDING|run.1||(Reason, with | and spaces)\n9_0|CANCELLED by 0|run.1|n1|None\nwelcome to the cluster\n"
+    seen = text.parse_look(answer)
+    assert seen["9", 2].reason == "(Reason, with | and spaces)"
+    assert seen["9", 0] == text.Seen("CANCELLED", "run.1", "n1", "")
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("stdout", "wanted"),
+    [
+        ("123\n", "123"),
+        ("123;cluster\n", "123"),
+        ("welcome\n123\nbye 5\n", "123"),
+        ("Submitted batch job\n", None),
+        ("", None),
+    ],
+)
+def test_what_sbatch_says(stdout: str, wanted: str | None) -> None:
+    """The id, among whatever banners and plugins write."""
+    assert text.parse_submitted(stdout) == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("Batch job submission failed: Invalid partition name specified", "never"),
+        ("Batch job submission failed: Requested node configuration is not available", "never"),
+        ("Batch job submission failed: Socket timed out on send/recv operation", "again"),
+        (
+            "Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            "again",
+        ),
+        ("QOSMaxSubmitJobPerUserLimit", "limit"),
+        ("oops", "again"),
+    ],
+)
+def test_refusals(words: str, wanted: str) -> None:
+    """What time may mend is told from what it won't."""
+    assert text.refusal(f"sbatch: error: {words}").replace("busy", "again") == wanted
+
+
+def test_accounts() -> None:
+    """Steps add what they know to their job; jobs of others with the same id are none of ours."""
+    found = text.parse_accounts(
+        "7_0|mine|FAILED|0:9|n1|\n7_0.batch|batch|OUT_OF_MEMORY|0:125|n1|5000K\n7_1|other|COMPLETED|0:0|n1|\n",
+        "mine",
+    )
+    assert found == {("7", 0): text.Accounted("OUT_OF_MEMORY", 0, 9, "n1", 5000 * 1024)}
+
+
+@given(st.text("0123456789.onrudltec-abc", max_size=30))
+def test_any_name_in_the_spool(name: str) -> None:
+    """No file's name upsets the reader of names."""
+    sign = text.parse_sign(name)
+    assert sign is None or sign.element >= 0
+
+
+def test_signs() -> None:
+    """What names tell."""
+    assert text.parse_sign("5.0.end.77.143.TERM") == Sign(5, 0, "end", "77", 143, "TERM")
+    assert text.parse_sign("5.1.on.77.node7.site") == Sign(5, 1, "on", "77", node="node7.site")
+    assert text.parse_sign("5.0.result") == Sign(5, 0, "result")
+    assert text.parse_sign("[0-9]*") is None
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash"])
+def test_the_batch_script_is_shell(shell: str) -> None:
+    """The script and its table are right for every shell, whatever stands in them."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    awkward = 'it\'s "$HOME" `x` \\ \n%'
+    elements = [
+        text.Element(
+            text.Script(("run", awkward), ("--output_file",), awkward),
+            awkward,
+            True,
+            (("A", awkward),),
+            0.5,
+        ),
+        text.Element(text.Callable((awkward, "-u"), awkward)),
+    ]
+    for piece in text.batch_script(awkward, ["true"], elements):
+        assert piece is not None
+        subprocess.run([shell, "-n"], input=piece, text=True, check=True)
+
+
+def test_the_watcher_lists_and_leaves(tmp_path: Any) -> None:
+    """The watcher says what is there and what changes, and leaves when nobody listens any more."""
+    (tmp_path / "s1").mkdir()
+    (tmp_path / "s1" / "0.0.run").touch()
+    watcher = subprocess.Popen(
+        ["sh", "-c", text.watcher(str(tmp_path))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with watcher:
+        assert watcher.stdin is not None
+        assert watcher.stdout is not None
+        assert watcher.stdout.readline() == "s1 0.0.run\n"
+        (tmp_path / "s1" / "0.0.result").touch()
+        assert watcher.stdout.readline() == "s1 0.0.result 0.0.run\n"
+        watcher.stdin.close()
+        watcher.wait(5)
+
+
+def test_another_python() -> None:
+    """Bytecode of another Python is refused, with what to do; a function that is only named isn't."""
+    with pytest.raises(RuntimeError, match=r"Python 2\.7"):
+        node._check_python(b"... CodeType ...", [2, 7])
+    node._check_python(b"a name", [2, 7])
+
+
+# --- verdicts ------------------------------------------------------------------------------------
+
+TERM = Sign(0, 0, "end", "1", 143, "TERM")
+KILL = Sign(0, 0, "end", "1", 137, "0")
+LONG = 1000.0
+
+
+@pytest.mark.parametrize(
+    ("facts", "now", "wanted"),
+    [
+        # A result wins over whatever else is said.
+        ({"result": True, "state": "FAILED", "end": TERM}, 0, Fate.READ),
+        ({"bad_result": "cut"}, 0, Fate.LOST),
+        # The shell's word.
+        ({"end": Sign(0, 0, "end", "1", 3)}, LONG, Fate.EXITED),
+        ({"end": Sign(0, 0, "end", "1", 3)}, 0.1, Fate.WAIT),
+        ({"end": Sign(0, 0, "end", "1", 3), "is_script": True}, 0.1, Fate.EXITED),
+        ({"end": Sign(0, 0, "end", "1", 0), "is_script": True}, 0, Fate.READ),
+        ({"end": Sign(0, 0, "end", "1", 143, "TIME")}, 0, Fate.OUR_LIMIT),
+        ({"end": Sign(0, 0, "end", "1", 137, "OOM")}, 0, Fate.MEMORY),
+        ({"end": Sign(0, 0, "end", "1", 137, "KILL")}, 1, Fate.CRASHED),
+        ({"end": Sign(0, 0, "end", "1", spool.SPOOL_FAILED)}, 1, Fate.LOST),
+        # Killed: Slurm knows what for.
+        ({"end": KILL}, 1, Fate.WAIT),
+        ({"end": KILL}, LONG, Fate.CRASHED),
+        ({"end": KILL, "state": "OUT_OF_MEMORY", "state_at": 1.0}, 2, Fate.MEMORY),
+        ({"end": KILL, "state": "FAILED", "state_at": 1.0}, 2, Fate.CRASHED),
+        ({"end": TERM}, LONG, Fate.WAIT),
+        ({"end": TERM, "cancelled_at": 0.0}, 1, Fate.CANCELLED),
+        ({"end": TERM, "state": "RUNNING", "state_at": -1.0}, LONG, Fate.WAIT),
+        ({"end": TERM, "state": "COMPLETING", "state_at": 1.0}, LONG, Fate.WAIT),
+        ({"end": TERM, "state": "PENDING", "state_at": 1.0}, LONG, Fate.WAIT),
+        ({"end": TERM, "state": "TIMEOUT", "state_at": 1.0}, 2, Fate.SLURM_LIMIT),
+        ({"end": TERM, "state": "CANCELLED", "state_at": 1.0}, 2, Fate.CANCELLED_OUTSIDE),
+        ({"end": TERM, "state": "PREEMPTED", "state_at": 1.0, "state_since": 1.0}, 2, Fate.WAIT),
+        ({"end": TERM, "state": "PREEMPTED", "state_at": 1.0, "state_since": 1.0}, 9, Fate.PREEMPTED),
+        ({"end": TERM, "missing_since": 1.0}, 2, Fate.CANCELLED_OUTSIDE),
+        ({"end": TERM, "missing_since": 1.0, "account_open": True}, LONG, Fate.WAIT),
+        # Slurm's word alone.
+        ({"state": "COMPLETED", "state_since": 0.0}, 5, Fate.WAIT),
+        ({"state": "COMPLETED", "state_since": 0.0}, 11, Fate.LOST),
+        ({"state": "NODE_FAIL", "state_since": 0.0}, 3, Fate.WAIT),
+        ({"state": "NODE_FAIL", "state_since": 0.0}, 7, Fate.NODE),
+        ({"state": "FAILED", "state_since": 0.0, "n_claims": 1}, 2, Fate.CRASHED),
+        ({"state": "OF_A_LATER_VERSION"}, LONG, Fate.WAIT),
+        ({"state": "COMPLETING"}, LONG, Fate.WAIT),
+        # Absence, which proves little.
+        ({"missing_since": 0.0, "n_missing": 1, "siblings": True}, 5, Fate.WAIT),
+        ({"missing_since": 0.0, "n_missing": 2, "siblings": True}, 1, Fate.CANCELLED_OUTSIDE),
+        ({"missing_since": 0.0, "n_missing": 9}, 5, Fate.WAIT),
+        ({"missing_since": 0.0, "n_missing": 9}, 11, Fate.NEVER),
+        ({"missing_since": 0.0, "n_missing": 9, "n_claims": 1}, 11, Fate.LOST),
+        ({"missing_since": 2.0, "cancelled_at": 1.0}, 3, Fate.CANCELLED),
+        ({"missing_since": 0.0, "cancelled_at": 1.0}, 3, Fate.WAIT),
+        ({}, LONG, Fate.WAIT),
+    ],
+)  # fmt: skip
+def test_verdicts(facts: dict[str, Any], now: float, wanted: Fate) -> None:
+    """What became of an element, by what is known of it."""
+    assert judge(Facts(**{"is_script": False} | facts), now) is wanted
+
+
+def test_an_unknown_state_is_never_an_end() -> None:
+    """Only states that are known to be an end make one, at whatever time."""
+    for state in (
+        "PENDING",
+        "RUNNING",
+        "SUSPENDED",
+        "REQUEUE_HOLD",
+        "RESIZING",
+        "SIGNALING",
+        "STAGE_OUT",
+        "STOPPED",
+        "X",
+    ):
+        assert (
+            judge(Facts(is_script=False, state=state, state_at=5.0, state_since=5.0), 1e6)
+            is Fate.WAIT
+        )
+
+
+# --- when to look --------------------------------------------------------------------------------
+
+
+def test_looks_get_rarer() -> None:
+    """The longer nothing happens, the rarer the looks; a slow one is not repeated soon."""
+    pauses = [next_look(Mood(None, 0.0), now, now) - now for now in (0.0, 20.0, 300.0)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] < 3
+    assert pauses[-1] <= 15
+    assert next_look(Mood(0.0, 0.0, duration=0.5), 0.0, 0.0) == 25
+    assert next_look(Mood(0.0, 0.0), 0.0, 0.0) < 0.5
+
+
+def test_failed_looks_wait() -> None:
+    """After a look that failed the next comes later and later."""
+    pauses = [next_look(Mood(0.0, 0.0, n_failed=n), 0.0, 0.0) for n in range(1, 6)]
+    assert pauses == sorted(pauses)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 3)), max_size=50))
+def test_a_budget_is_kept(steps: list[tuple[float, int]]) -> None:
+    """Who waits until there is enough never spends more than burst and flow allow."""
+    budget, now, spent = Budget(60, 30), 0.0, 0
+    for pause, amount in steps:
+        now = max(now + pause, budget.ready(amount, now + pause))
+        budget.spend(amount, now)
+        spent += amount
+    assert spent <= 30 + now + 1e-6
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+REPLY = spool.Reply(b"v", b"pickle", (("buffer", 3),), {"host": "n1"})
+
+
+def test_a_result_there_and_back() -> None:
+    """What was written is what is read."""
+    assert spool.parse_result(b"".join(spool.format_result(REPLY))) == REPLY
+
+
+def test_a_damaged_result() -> None:
+    """A result that was cut anywhere, or of which any byte changed, is never read."""
+    whole = b"".join(spool.format_result(REPLY))
+    for cut in itertools.chain((whole[:n] for n in range(len(whole))), (whole + b"x",)):
+        with pytest.raises(spool.BadFile):
+            spool.parse_result(cut)
+    for position in range(len(whole)):
+        changed = bytearray(whole)
+        changed[position] ^= 1
+        with pytest.raises(spool.BadFile):
+            spool.parse_result(bytes(changed))
+
+
+def test_a_pack_there_and_back(tmp_path: Any) -> None:
+    """Each element finds its own call, and a function is packed once."""
+    function = b"f" * 1000
+    calls = [spool.Packed(function, b"%d" % i, (), (f"part.{i}",)) for i in range(20)]
+    content = spool.pack(
+        [*calls, spool.Packed(b"g", "part.0")], {"python": [3, 11], "sys_path": []}
+    )
+    (tmp_path / spool.CALLS).write_bytes(content)
+    assert content.count(function) == 1
+    call, surroundings = spool.read_call(str(tmp_path), 7)
+    assert (call.function, call.payload, call.files) == (function, b"7", (f"{tmp_path}/part.7",))
+    assert surroundings["python"] == [3, 11]
+    assert spool.read_call(str(tmp_path), 20)[0].payload == f"{tmp_path}/part.0"
