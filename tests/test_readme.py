@@ -13,12 +13,15 @@ import nbclient
 import nbformat
 import pytest
 from slurm_kit import needs_slurm
+from ssh_kit import cluster, node, python_for_all  # noqa: F401 - fixtures
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def kind_of(block: str) -> str:
+    if "example.edu" in block:
+        return "ssh"
     if "ht.Slurm" in block or "SlurmJob" in block:
         return "slurm"
     if "Starlette" in block:
@@ -55,6 +58,25 @@ def test_slurm(block, tmp_path, cluster, monkeypatch):
         monkeypatch.setenv(name, value)
     test_scripts(block, tmp_path)
     assert not list(tmp_path.glob(".aiohypertunity/*"))
+
+
+@pytest.mark.parametrize("block", of_kind("ssh", needs_slurm))
+def test_ssh(block, tmp_path, cluster, node, monkeypatch):
+    """What the README does across SSH works on a real login node, by an alias as users have it."""
+    settings = tmp_path / ".ssh" / "config"
+    settings.parent.mkdir()
+    settings.write_text(
+        f"""
+        Host login.example.edu
+            HostName {node.host}
+            Port {node.port}
+            IdentityFile {node.client_key}
+            UserKnownHostsFile {node.known_hosts}
+        """
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    block = block.replace("me@login", f"{node.user}@login")
+    test_scripts(block.replace("/home/me/venv/bin/python", python_for_all(cluster)), tmp_path)
 
 
 @pytest.mark.parametrize("block", of_kind("service"))
