@@ -54,7 +54,7 @@ def _parallel(backend: str, n_slots: int) -> Any:
             # With one, joblib would run calls in this very process. How many may start, others decide.
             n_jobs=max(n_slots, 2),
             return_as="generator_unordered",
-            batch_size=1,
+            batch_size=1,  # pyright: ignore[reportArgumentType]  # it is inferred from "auto"
             pre_dispatch="all",
         )
 

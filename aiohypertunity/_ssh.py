@@ -695,7 +695,11 @@ class _Answering(asyncssh.SSHClient):
         return ""
 
     async def kbdint_challenge_received(
-        self, _name: str, _words: str, _lang: str, prompts: Sequence[tuple[str, bool]]
+        self,
+        name: str,  # noqa: ARG002 - asyncssh's signature
+        instructions: str,  # noqa: ARG002
+        lang: str,  # noqa: ARG002
+        prompts: Sequence[tuple[str, bool]],
     ) -> list[str]:
         return [await self._answer(words) for words, _ in prompts]
 
