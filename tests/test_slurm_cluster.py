@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 WHAT_IS_MISSING = missing()
 if WHAT_IS_MISSING and os.environ.get("CI") == "true":
     raise RuntimeError(WHAT_IS_MISSING)
-pytestmark = pytest.mark.skipif(WHAT_IS_MISSING is not None, reason=str(WHAT_IS_MISSING))
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(WHAT_IS_MISSING is not None, reason=str(WHAT_IS_MISSING)),
+]
 
 OWNER = """
 import sys
