@@ -15,9 +15,10 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import _failures
 from ._callables import resource_env
@@ -27,6 +28,7 @@ from ._guardian import MARK, kill_tree
 from ._payload import LARGE
 from ._results import Outcome, Status
 from ._threads import in_thread
+from ._workers import exit_status
 
 if TYPE_CHECKING:
     from ._calls import ScriptCall
@@ -36,6 +38,13 @@ if TYPE_CHECKING:
 
 OUTPUT_VARIABLE = "AIOHYPERTUNITY_OUTPUT_FILE"
 """The environment variable with the path for a script's result."""
+
+
+_GUARD_AFTER = 0.05
+"""Seconds after which the guardian is told of a script's group: to wake it twice for each short script is
+not worth it, since the mark does as well."""
+
+_Process: TypeAlias = "asyncio.subprocess.Process | subprocess.Popen[bytes]"
 
 
 class Scripts:
@@ -103,9 +112,14 @@ class _Run:
         paths = log_files(kept) if kept else map(rundir.new_path, ("stdout", "stderr"))
         self._capture = Capture([str(path) for path in paths])
         self._mark = rundir.new_mark()
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: _Process | None = None
         self._stopped = False
+        self._is_guarded = False
         self._killer: asyncio.TimerHandle | None = None
+
+    def _guard(self, group: int) -> None:
+        self._is_guarded = True
+        self._rundir.guard(group)
 
     def stop(self, loop: asyncio.AbstractEventLoop, grace: float) -> None:
         """Asks its process group to end, and kills it after `grace` seconds."""
@@ -131,15 +145,17 @@ class _Run:
             _move_away(self._output)
         started_at = time.time()
         process = self._process = await self._start()
-        self._rundir.guard(process.pid)
+        loop = asyncio.get_running_loop()
+        guarding = loop.call_later(_GUARD_AFTER, self._guard, process.pid)
         owner.started(self._entry, started_at)
         if self._stopped:  # while it was being started
             self._signal(signal.SIGKILL)
         if self._entry.log_path is None:
-            self._capture.watch(asyncio.get_running_loop())
+            self._capture.watch(loop)
         try:
-            status = await process.wait()
+            status = await _ended(process)
         finally:
+            guarding.cancel()
             self._capture.unwatch()
             if self._killer is not None:
                 self._killer.cancel()
@@ -149,18 +165,22 @@ class _Run:
         outcome.started_at, outcome.finished_at, outcome.pid = started_at, finished_at, process.pid
         return outcome
 
-    async def _start(self) -> asyncio.subprocess.Process:
+    async def _start(self) -> _Process:
         with contextlib.ExitStack() as stack:
             stdout, stderr = (stack.enter_context(open(path, "ab")) for path in self._capture.paths)
-            return await asyncio.create_subprocess_exec(
-                *self._words(),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                env=self._env(),
-                cwd=self._call.cwd,
-                start_new_session=True,
-            )
+            options: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": stdout,
+                "stderr": stderr,
+                "env": self._env(),
+                "cwd": self._call.cwd,
+                "start_new_session": True,
+            }
+            if isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
+                return await asyncio.create_subprocess_exec(*self._words(), **options)
+            # uvloop forks where asyncio has vfork: it would hold the loop for as long as it takes to
+            # copy the page tables of a large driver.
+            return await in_thread(lambda: subprocess.Popen(self._words(), **options))
 
     def _words(self) -> tuple[str, ...]:
         call = self._call
@@ -187,7 +207,8 @@ class _Run:
             os.killpg(group, signal.SIGKILL)
         if self._stopped:
             await in_thread(kill_tree, group, self._mark)
-        self._rundir.unguard(group)
+        if self._is_guarded:
+            self._rundir.unguard(group)
 
     async def _outcome(self, status: int) -> Outcome:
         job = self._entry.job
@@ -217,6 +238,12 @@ class _Run:
         if size > LARGE:
             return await in_thread(read_result, job, self._output, self._call.output is None)
         return read_result(job, self._output, self._call.output is None)
+
+
+async def _ended(process: _Process) -> int:
+    if isinstance(process, subprocess.Popen):
+        return await exit_status(process)
+    return await process.wait()
 
 
 def read_result(job: Job[Any], path: str, remove: bool) -> Outcome:

@@ -301,7 +301,7 @@ class WorkerProcess:
         self._rundir.guard(process.pid)
         if self._killed:
             self.kill()
-        status = await _exit_status(process)
+        status = await exit_status(process)
         await in_thread(kill_tree, process.pid, self._mark)
         self._rundir.unguard(process.pid)
         self._bury(status)
@@ -379,7 +379,7 @@ def _extras(call: Call, cwd: Any, log_path: Path | None) -> Extras:
     return Extras(None, call.payload.path, files, cwd, logs, call.chunk)
 
 
-async def _exit_status(process: subprocess.Popen[bytes]) -> int:
+async def exit_status(process: subprocess.Popen[bytes]) -> int:
     """Waits for a process to end, without a thread where the system can tell."""
     try:
         descriptor = os.pidfd_open(process.pid)
