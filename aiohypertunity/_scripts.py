@@ -17,9 +17,8 @@ import signal
 import socket
 import subprocess
 import time
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from . import _failures
 from ._callables import resource_env
@@ -181,8 +180,8 @@ class _Run:
                 return await asyncio.create_subprocess_exec(*self._words(), **options)
             # uvloop forks where asyncio has vfork: it would hold the loop for as long as it takes to
             # copy the page tables of a large driver.
-            start = partial(subprocess.Popen[bytes], self._words(), **options)
-            return await in_thread(start)
+            process = await in_thread(lambda: subprocess.Popen(self._words(), **options))
+            return cast("subprocess.Popen[bytes]", process)
 
     def _words(self) -> tuple[str, ...]:
         call = self._call
