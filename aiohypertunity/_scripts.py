@@ -42,7 +42,7 @@ OUTPUT_VARIABLE = "AIOHYPERTUNITY_OUTPUT_FILE"
 
 _GUARD_AFTER = 0.05
 """Seconds after which the guardian is told of a script's group: to wake it twice for each short script is
-not worth it, since the mark does as well."""
+not worth it, since the mark does as well where there is a /proc to find it in."""
 
 _Process: TypeAlias = "asyncio.subprocess.Process | subprocess.Popen[bytes]"
 
