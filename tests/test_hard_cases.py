@@ -263,7 +263,7 @@ class TestCollecting:
             break
         gc.collect()
         await until(lambda: not scheduler.statistics().n_pending)
-        assert not [t for t in asyncio.all_tasks() if "feed" in repr(t.get_coro())]
+        assert not [t for t in asyncio.all_tasks() if t.get_coro().__qualname__ == "_Source.feed"]
 
     async def test_cancelled_jobs_are_let_go(self, scheduler, tmp_path):
         """Jobs that are cancelled while they wait don't wait for their turn to be forgotten."""
