@@ -47,25 +47,26 @@ class RunDirectory:
         self._directories: list[str] = []
         try:
             for base in bases:
-                self._directories.append(self._make(base))
+                self._make(base)
             self._guardian = self._start_guardian()
         except BaseException:
             self._remove()
             raise
         self.path = self._directories[0]
 
-    def _make(self, base: str) -> str:
+    def _make(self, base: str) -> None:
         try:
             path = tempfile.mkdtemp(prefix=_PREFIX, dir=base)
-            lock = os.open(f"{path}/lock", os.O_WRONLY | os.O_CREAT, 0o600)
+            self._directories.append(path)
+            lock = os.open(f"{path}/new-lock", os.O_WRONLY | os.O_CREAT, 0o600)
+            self._locks.append(lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.rename(f"{path}/new-lock", f"{path}/lock")  # never seen unlocked by another run
         except OSError as error:
             error.add_note(
                 f"the scheduler needs a directory in {base}: make room there, or set TMPDIR"
             )
             raise
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        self._locks.append(lock)
-        return path
 
     def _start_guardian(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-S", _guardian.__file__]

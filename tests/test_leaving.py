@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -23,7 +26,7 @@ from helpers import (
     wait_until,
 )
 
-from aiohypertunity import Job, Scheduler, Status
+from aiohypertunity import Job, Scheduler, Status, _rundir
 
 DRIVER = """
     import asyncio, os, signal, sys
@@ -228,3 +231,32 @@ class TestLeavingTheBlock:
         assert not mine & directories_of_runs()
         processes = subprocess.run(["ps", "axe"], capture_output=True, text=True, check=True).stdout
         assert f"AIOHYPERTUNITY_TREE={run}" not in processes
+
+
+@pytest.mark.parametrize("call", ["mkdtemp", "open", "flock", "rename"])
+def test_a_directory_in_the_making_is_not_taken_for_stale(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str
+) -> None:
+    """Whatever another run that starts meanwhile sees of it, after each of its steps."""
+    module = {"mkdtemp": tempfile, "flock": fcntl}.get(call, os)
+    original = getattr(module, call)
+    seen: list[str] = []
+
+    def then_another_starts(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.undo()
+        done = original(*args, **kwargs)
+        _rundir._remove_stale(str(tmp_path))
+        seen.extend(os.listdir(tmp_path))
+        return done
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(_rundir, "_shared_memory", lambda: str(tmp_path))
+    monkeypatch.setattr(module, call, then_another_starts)
+    run = _rundir.RunDirectory()
+    try:
+        assert seen == [os.path.basename(run.path)]
+        _rundir._remove_stale(str(tmp_path))
+        assert os.listdir(tmp_path) == seen
+    finally:
+        run.close()
+    assert os.listdir(tmp_path) == []
