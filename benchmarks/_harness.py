@@ -95,6 +95,12 @@ class Runs:
         self.missing = missing
         self._figures = figures
 
+    def against(self, name: str) -> Runs:
+        """Ours and those of one other."""
+        ours = next(iter(self._figures))
+        figures = {n: runs for n, runs in self._figures.items() if n in (ours, name)}
+        return Runs(figures, {n: reason for n, reason in self.missing.items() if n == name})
+
     def of(self, key: str) -> dict[str, list[float]]:
         """Each measurement of one figure, by contender."""
         return {name: [run[key] for run in runs] for name, runs in self._figures.items()}

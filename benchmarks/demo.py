@@ -127,7 +127,11 @@ async def tune_on_slurm() -> Search:
         async with ht.Scheduler(slurm=ht.Slurm(workdir=workdir)) as scheduler:
             return await tune(
                 "Slurm",
-                lambda settings: ht.SlurmJob(task=f"{DIGITS}:accuracy", args=(*settings,)),
+                lambda settings: ht.SlurmJob(
+                    task=f"{DIGITS}:accuracy",
+                    args=(*settings,),
+                    meta={"resources": {"cpu": 1, "memory": "1G", "time": 10}},
+                ),
                 n_trials=8,
                 scheduler=scheduler,
                 n_at_once=4,

@@ -7,6 +7,7 @@ and pickles a result, whoever has it do so.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import logging
@@ -55,7 +56,9 @@ def a_cluster() -> Iterator[None]:
 
 
 # A lambda travels by value, as what is written in a notebook does: so every job imports cloudpickle.
+# executorlib names directories after it, which a shell then reads: hence the name.
 double = lambda number: 2 * number  # noqa: E731
+double.__name__ = "double_by_value"
 
 
 def new_directory() -> Path:
@@ -71,6 +74,19 @@ def submitit_executor(**parameters: Any) -> Any:
     executor = submitit.AutoExecutor(folder=new_directory(), cluster="slurm")
     executor.update_parameters(timeout_min=5, **parameters)
     return executor
+
+
+def executorlib_executor() -> Any:
+    """executorlib's executor that submits to Slurm; the script that it writes needs a partition's name."""
+    import h5py
+    import pysqa  # noqa: F401 - executorlib says that it's missing when it's too late
+    from executorlib import SlurmClusterExecutor
+
+    del h5py
+    warnings.filterwarnings("ignore", module="executorlib")
+    return SlurmClusterExecutor(
+        cache_directory=str(new_directory()), resource_dict={"cores": 1, "partition": "main"}
+    )
 
 
 def settle() -> None:
@@ -105,7 +121,8 @@ def slurm_arrays() -> list[Row]:
     what = "callables on Slurm, dispatch to last result"
     return [
         short.row(f"{N_SHORT} {what}", "s", "≤", 1.10, unit="s"),
-        peers.row(f"{N_SHORT} {what}", "s", "≤", 0.25, unit="s"),
+        peers.against("submitit").row(f"{N_SHORT} {what}", "s", "≤", 0.25, unit="s"),
+        peers.against("executorlib").row(f"{N_SHORT} {what}", "s", "≤", 1, unit="s"),
         long.row(f"{N_LONG} {what}", "s", "≤", 1.10, unit="s"),
         long.row("RPCs to slurmctld a job, 500 jobs", "RPCs", "≤", 1.3, of_ratio=False),
         short.row("files a job in the spool", "files", "≤", 3, of_ratio=False),
@@ -263,23 +280,10 @@ def submitit_short() -> Iterator[Figures]:
 
 
 def executorlib_short() -> Iterator[Figures]:
-    """executorlib's executor that submits to Slurm."""
-    import h5py
-    import pysqa  # noqa: F401 - executorlib says it late
-    from executorlib import SlurmClusterExecutor
-
-    del h5py
-    warnings.filterwarnings("ignore", module="executorlib")
-    # Without a partition by name its script is refused.
-    resources = {"cores": 1, "partition": "main"}
+    """executorlib: an `sbatch` a call."""
     while True:
         settle()
-        with (
-            Stopwatch() as watch,
-            SlurmClusterExecutor(
-                cache_directory=new_directory(), resource_dict=resources
-            ) as executor,
-        ):
+        with Stopwatch() as watch, executorlib_executor() as executor:
             futures = [executor.submit(double, i) for i in range(N_SHORT)]
             data = [future.result() for future in futures]
         assert data == [2 * i for i in range(N_SHORT)]
@@ -294,14 +298,15 @@ def slurm_latency() -> list[Row]:
     """From what happens on a node to its being known."""
     with a_cluster():
         ends = in_turns(
-            {"ours": ours_ends, "submitit": submitit_ends},
+            {"ours": ours_ends, "submitit": submitit_ends, "executorlib": executorlib_ends},
             n_turns=N_TURNS_OF_LONG_RUNS,
             warm_up=False,
         )
         kills = in_turns(
-            {"ours": ours_killed, "submitit": submitit_killed},
-            n_turns=N_TURNS_OF_LONG_RUNS, warm_up=False,
-        )  # fmt: skip
+            {"ours": ours_killed, "submitit": submitit_killed, "executorlib": executorlib_killed},
+            n_turns=N_TURNS_OF_LONG_RUNS,
+            warm_up=False,
+        )
     return [
         ends.row("from a job's end to its result", "s", "<", 0.3, unit="s", of_ratio=False),
         kills.row("from `kill -9` of a job's Python to the error", "s", "<", 3, unit="s", of_ratio=False),
@@ -323,6 +328,14 @@ def submitit_ends() -> Iterator[Figures]:
         executor = submitit_executor()
         jobs = executor.map_array(_tasks.end_after, [0.5 + 0.3 * i for i in range(16)])
         lags = [time.time() - job.result() for job in submitit.helpers.as_completed(jobs)]
+        yield {"s": statistics.median(lags)}
+
+
+def executorlib_ends() -> Iterator[Figures]:
+    while True:
+        with executorlib_executor() as executor:
+            calls = [executor.submit(_tasks.end_after, 0.5 + 0.3 * i) for i in range(16)]
+            lags = [time.time() - call.result() for call in concurrent.futures.as_completed(calls)]
         yield {"s": statistics.median(lags)}
 
 
@@ -354,6 +367,20 @@ def submitit_killed() -> Iterator[Figures]:
         os.kill(int(path.read_text()), signal.SIGKILL)
         with Stopwatch() as watch:
             assert job.exception() is not None
+        yield {"s": watch.seconds}
+
+
+def executorlib_killed() -> Iterator[Figures]:
+    while True:
+        path = new_directory() / "pid"
+        with executorlib_executor() as executor:
+            call = executor.submit(_tasks.announce_and_sleep, str(path), 300.0)
+            while not path.exists():
+                time.sleep(0.01)
+            time.sleep(1)
+            os.kill(int(path.read_text()), signal.SIGKILL)
+            with Stopwatch() as watch:
+                assert call.exception() is not None
         yield {"s": watch.seconds}
 
 
