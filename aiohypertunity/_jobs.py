@@ -265,7 +265,7 @@ class SlurmJob(Job[T]):
         super().__post_init__()
 
     def _check_meta(self, meta: Mapping[str, Any]) -> None:
-        from ._slurm.text import check_options, check_resources
+        from ._slurm.options import check_options, check_resources
 
         _check_keys("meta", meta, ("binary", "output", "resources", "options"))
         check_resources(meta.get("resources", {}))

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 import aiohypertunity as ht
 from aiohypertunity import SlurmJob
-from aiohypertunity._slurm import node, spool, text
-from aiohypertunity._slurm.text import Sign
+from aiohypertunity._slurm import node, shell, spool, text
+from aiohypertunity._slurm.options import RESERVED, sbatch_options, seconds
+from aiohypertunity._slurm.pace import Budget, Mood, next_look
+from aiohypertunity._slurm.shell import Sign
 from aiohypertunity._slurm.verdict import Facts, Fate, judge
-from aiohypertunity._slurm.watcher import Budget, Mood, next_look
 
 # --- options -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(text.RESERVED))
+@pytest.mark.parametrize("name", sorted(RESERVED))
 def test_our_own_options_are_refused_by_name(name: str) -> None:
     """An option that we need ourselves is refused when the job is made, and the error names it."""
     with pytest.raises(ValueError, match=name):
@@ -69,7 +70,7 @@ def test_a_password_is_in_no_repr() -> None:
 
 def test_the_nearer_option_wins() -> None:
     """A job's options go before those for all, resources before both; requeue is always said."""
-    options = text.sbatch_options(
+    options = sbatch_options(
         {"partition": "a", "mem": "1G", "hold": True},
         {"partition": "b", "hold": None},
         {"memory": "2gb", "gpu": "a100:2"},
@@ -96,7 +97,7 @@ def test_the_nearer_option_wins() -> None:
 )
 def test_times(limit: str, wanted: float | None) -> None:
     """Slurm's ways to write a time."""
-    assert text.seconds(limit) == wanted
+    assert seconds(limit) == wanted
 
 
 # --- what Slurm says -----------------------------------------------------------------------------
@@ -180,37 +181,37 @@ def test_accounts() -> None:
 @given(st.text("0123456789.onrudltec-abc", max_size=30))
 def test_any_name_in_the_spool(name: str) -> None:
     """No file's name upsets the reader of names."""
-    sign = text.parse_sign(name)
+    sign = shell.parse_sign(name)
     assert sign is None or sign.element >= 0
 
 
 def test_signs() -> None:
     """What names tell."""
-    assert text.parse_sign("5.0.end.77.143.TERM") == Sign(5, 0, "end", "77", 143, "TERM")
-    assert text.parse_sign("5.1.on.77.node7.site") == Sign(5, 1, "on", "77", node="node7.site")
-    assert text.parse_sign("5.0.result") == Sign(5, 0, "result")
-    assert text.parse_sign("[0-9]*") is None
+    assert shell.parse_sign("5.0.end.77.143.TERM") == Sign(5, 0, "end", "77", 143, "TERM")
+    assert shell.parse_sign("5.1.on.77.node7.site") == Sign(5, 1, "on", "77", node="node7.site")
+    assert shell.parse_sign("5.0.result") == Sign(5, 0, "result")
+    assert shell.parse_sign("[0-9]*") is None
 
 
-@pytest.mark.parametrize("shell", ["sh", "bash", "dash"])
-def test_the_batch_script_is_shell(shell: str) -> None:
+@pytest.mark.parametrize("program", ["sh", "bash", "dash"])
+def test_the_batch_script_is_shell(program: str) -> None:
     """The script and its table are right for every shell, whatever stands in them."""
-    if shutil.which(shell) is None:
+    if shutil.which(program) is None:
         pytest.skip(f"no {shell} here")
     awkward = 'it\'s "$HOME" `x` \\ \n%'
     elements = [
-        text.Element(
-            text.Script(("run", awkward), ("--output_file",), awkward),
+        shell.Element(
+            shell.Script(("run", awkward), ("--output_file",), awkward),
             awkward,
             True,
             (("A", awkward),),
             0.5,
         ),
-        text.Element(text.Callable((awkward, "-u"), awkward)),
+        shell.Element(shell.Callable((awkward, "-u"), awkward)),
     ]
-    for piece in text.batch_script(awkward, ["true"], elements):
+    for piece in shell.batch_script(awkward, ["true"], elements):
         assert piece is not None
-        subprocess.run([shell, "-n"], input=piece, text=True, check=True)
+        subprocess.run([program, "-n"], input=piece, text=True, check=True)
 
 
 def test_the_watcher_lists_and_leaves(tmp_path: Any) -> None:
@@ -218,7 +219,7 @@ def test_the_watcher_lists_and_leaves(tmp_path: Any) -> None:
     (tmp_path / "s1").mkdir()
     (tmp_path / "s1" / "0.0.run").touch()
     watcher = subprocess.Popen(
-        ["sh", "-c", text.watcher(str(tmp_path))],
+        ["sh", "-c", shell.watcher(str(tmp_path))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -23,7 +23,7 @@ from login_node import Link, LoginNode
 from ssh_kit import cluster, connect, environment, needs_login_node, node, slurm_at  # noqa: F401
 
 import aiohypertunity as ht
-from aiohypertunity._slurm import text
+from aiohypertunity._slurm import shell
 from aiohypertunity._ssh import SSH
 from aiohypertunity._transports import LinkLost
 
@@ -186,10 +186,10 @@ async def test_watcher_killed(node: LoginNode, cluster: SlurmCluster) -> None:
 
 async def test_lease(node: LoginNode, link: Link) -> None:
     """A watcher whose client is gone without a word leaves when its lease is over."""
-    assert "60000" in text.watcher("/tmp")
+    assert "60000" in shell.watcher("/tmp")
     ssh = SSH(f"{node.user}@{node.host}:{link.port}", connect(node), lambda event: None)
     count = "pgrep -c -u \"$(id -u)\" -f '[h]t_dir=.PWD quiet' || :"
-    async with ssh.watch(text.watcher("/tmp").replace("60000", "2000")) as lines:
+    async with ssh.watch(shell.watcher("/tmp").replace("60000", "2000")) as lines:
         for _ in range(6):
             lines.send("")
             await asyncio.sleep(0.5)

@@ -1,12 +1,28 @@
 """Jobs on a Slurm cluster.
 
-text      RULES: Slurm as text: batch script out, ids and states in
-verdict   RULES: what became of a job, from evidence
-spool     the directory of a submission: calls in, outcomes and exit codes out
-node      what runs on the compute node
-watcher   RULES: when to look at the cluster
-report    a verdict as an outcome, with an error that says what happened
-executor  submits, watches, cancels
+Rules, which touch nothing:
+options     what users may ask for, as options of sbatch
+shell       what shells run there: the batch script, the watcher of the spool
+text        Slurm's commands: their lines out, what they say in
+verdict     what became of a job, from evidence
+pace        when to look at the cluster
+report      a verdict as an outcome, with an error that says what happened
+
+What is moved:
+elements    an attempt at a job, with the evidence on it; an array of them
+queue       those that wait to be submitted
+spool       the directory of an array: calls in, outcomes and exit codes out
+staging     users' scripts on a cluster that doesn't see this disk
+packing     an array as files
+node        what runs on the compute node; nodecode, how it gets there
+
+Who moves it:
+cluster     commands over a link that may fail, a clock that knows, a budget
+state       what the loops share
+submitter, watcher, looker, arbiter, canceller, reader
+            a loop each: queue to arrays, names in the spool, squeue, verdicts, scancel, outcomes
+accounting  sacct, where there is any
+executor    all of them together
 """
 
 from __future__ import annotations
@@ -18,7 +34,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .._address import Address
-from .text import check_options
+from .options import check_options
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import sys
 
 from .. import _payload
 from . import node, spool
-from .text import NODE_PACKAGE
+from .shell import NODE_PACKAGE
 
 
 @functools.cache

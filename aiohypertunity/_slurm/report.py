@@ -19,12 +19,14 @@ from .._errors import (
     TransportError,
 )
 from .._results import Outcome, Status
-from .text import ENDED, seconds
+from .options import seconds
+from .text import ENDED
 from .verdict import Fate
 
 if TYPE_CHECKING:
     from .._jobs import Job
-    from .text import Accounted, Sign
+    from .shell import Sign
+    from .text import Accounted
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,13 @@ isn't known to be an end isn't one. Times are seconds on one clock, whichever.
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .spool import SPOOL_FAILED
-from .text import ENDED, WAITING, Accounted, Sign
+from .text import ENDED, WAITING, Accounted
+
+if TYPE_CHECKING:
+    from .shell import Sign
 
 SETTLE = 0.3
 """How long a name may lag behind one that was made after it, in one listing."""

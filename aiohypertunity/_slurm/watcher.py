@@ -1,76 +1,128 @@
-"""When to look at the cluster: often while something happens, seldom while nothing does.
-
-A look makes slurmctld send all the cluster's jobs, whoever asks for how few. So it may take a
-fiftieth of its time at most, and looks, submissions and cancels share what RPCs a minute may cost.
-"""
+"""Watches the spool: what batch shells leave there says that jobs start and end."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import asyncio
+import time
+from typing import TYPE_CHECKING
 
-URGENT, BUSY, QUIET = 0.3, 2.0, 15.0
-"""Seconds between looks: somebody waits for Slurm's word; jobs start and end; nothing happens."""
+import anyio
 
-_LONGEST = 60.0
+from .._transports import Lines, LinkLost
+from . import shell
+from .cluster import BREATH
 
+if TYPE_CHECKING:
+    from .cluster import Cluster
+    from .elements import Element, Submission
+    from .state import State
 
-class Mood(NamedTuple):
-    """What there is to look for.
+_LEASE = 15.0
+"""Seconds between signs of life to the watcher there, which leaves after a minute without."""
 
-    Attributes:
-        urgent_since: When somebody began to wait for Slurm's word; None if nobody does.
-        changed_at: When something last happened.
-        duration: Seconds that the last look took.
-        n_failed: How many looks in a row have failed.
-    """
-
-    urgent_since: float | None
-    changed_at: float
-    duration: float = 0.0
-    n_failed: int = 0
+_ORDER = {"run": 0, "on": 1, "end": 2, "result": 3}
 
 
-def next_look(mood: Mood, last: float, now: float) -> float:
-    """When to look next.
+class Watcher:
+    """Reads names in the spool, as evidence.
 
     Args:
-        mood: What there is to look for.
-        last: When the last look began.
-        now: The present.
-    """
-    if mood.n_failed:
-        pause = min(0.5 * BUSY * 2.0**mood.n_failed, QUIET)
-    elif mood.urgent_since is not None:
-        # It gets less urgent with time: a job may hang in its end for as long as KillWait and more.
-        pause = min(URGENT + (now - mood.urgent_since) / 10, BUSY)
-    else:
-        pause = min(BUSY + (now - mood.changed_at) / 10, QUIET)
-    return last + max(pause, min(50 * mood.duration, _LONGEST))
-
-
-class Budget:
-    """RPCs that may be spent: a bucket, as slurmctld keeps one for each user.
-
-    Args:
-        a_minute: How many flow in.
-        burst: How many it holds.
+        cluster: Where the spool is.
+        state: Whose elements leave names.
     """
 
-    def __init__(self, a_minute: float = 60.0, burst: float = 30.0) -> None:
-        self._rate = a_minute / 60
-        self._burst = burst
-        self._left = burst
-        self._at = 0.0
+    def __init__(self, cluster: Cluster, state: State) -> None:
+        self._cluster = cluster
+        self._state = state
+        self._loop = asyncio.get_running_loop()
+        self._watching = anyio.CancelScope()
 
-    def spend(self, amount: float, now: float) -> None:
-        """Takes out what was used, also more than there is: it's missing to those who come later."""
-        self._left = self._level(now) - amount
-        self._at = now
+    async def run(self) -> None:
+        pause = BREATH
+        while True:
+            await self._state.active.wait()
+            began = self._loop.time()
+            with anyio.CancelScope() as self._watching:
+                try:
+                    await self._watch()
+                    self._cluster.link_up()
+                except LinkLost as error:
+                    self._cluster.link_down(error)
+                    began = -1e9
+            pause = BREATH if self._loop.time() - began > 5 else min(2 * pause, 10)
+            await asyncio.sleep(pause)
 
-    def ready(self, amount: float, now: float) -> float:
-        """When there will be so much."""
-        lacking = amount - self._level(now)
-        return now if lacking <= 0 else now + lacking / self._rate
+    def rest(self) -> None:
+        """There's nothing to watch until there is something active again."""
+        self._state.active.clear()
+        self._watching.cancel()
 
-    def _level(self, now: float) -> float:
-        return min(self._burst, self._left + max(0.0, now - self._at) * self._rate)
+    async def _watch(self) -> None:
+        # A watcher that is new lists everything, so nothing is lost with one that died.
+        async with self._cluster.transport.watch(shell.watcher(self._cluster.directory)) as lines:
+            lease = self._loop.create_task(_renew(lines))
+            try:
+                async for line in lines:
+                    self._cluster.link_up()
+                    name, _, names = line.partition(" ")
+                    submission = self._state.submissions.get(name)
+                    if submission is not None:
+                        self.take_names(submission, names)
+            finally:
+                lease.cancel()
+
+    def take_names(self, submission: Submission, line: str) -> None:
+        """These names are in the directory of a submission."""
+        names = frozenset(line.split())
+        signs = [sign for name in names - submission.names if (sign := shell.parse_sign(name))]
+        submission.names = names
+        for sign in sorted(signs, key=lambda sign: _ORDER[sign.kind]):
+            if sign.element < len(submission.elements):  # else it's somebody else's file
+                element = submission.elements[sign.element]
+                if not element.done:
+                    self._take_sign(element, sign)
+
+    def _take_sign(self, element: Element, sign: shell.Sign) -> None:
+        now = self._cluster.now()
+        self._state.changed()
+        if sign.array:
+            element.array = sign.array
+            assert element.submission is not None
+            self._state.submitted(element.submission, sign.array)
+        element.host = sign.node or element.host
+        if sign.restart not in element.claims:
+            self._claimed(element, sign.restart, now)
+        if sign.kind != "run" and sign.restart not in element.starts:
+            self._started(element, sign)
+        if sign.kind == "result":
+            if element.result is None:
+                element.result = sign.restart
+        elif sign.kind == "end" and (element.end is None or element.end.restart <= sign.restart):
+            element.end, element.end_at = sign, now
+        if sign.kind in {"result", "end"}:
+            self._state.suspect(element)
+
+    def _claimed(self, element: Element, restart: int, now: float) -> None:
+        if restart > max(element.claims, default=-1):
+            element.claimed_at = now
+            element.missing_since, element.n_missing = None, 0
+            element.started_at = time.time()
+            element.reason = ""
+        element.claims.add(restart)
+
+    def _started(self, element: Element, sign: shell.Sign) -> None:
+        element.starts.add(sign.restart)
+        # Counted by starts, not by Slurm's number: it may count one that never got as far as the shell.
+        self._state.owner.started(
+            element.entry,
+            element.started_at or time.time(),
+            slurm_id=element.slurm_id,
+            node=element.host or None,
+            attempt=element.attempts_before + len(element.starts),
+        )
+
+
+async def _renew(lines: Lines) -> None:
+    while True:
+        lines.send("")
+        await asyncio.sleep(_LEASE)

@@ -1,0 +1,116 @@
+"""Cancels: one scancel for all, and again until they are gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from .._errors import TransportError
+from . import report, text
+from .verdict import Fate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from .cluster import Cluster
+    from .elements import Element
+    from .state import State
+
+_LOG = logging.getLogger("aiohypertunity.slurm")
+
+_SETTLE = 0.02
+"""What is cancelled within so many seconds goes together."""
+
+_AGAIN = 2.0
+"""Seconds after which what failed is tried again."""
+
+_GONE_WITHIN = 60.0
+"""Seconds, and KillWait, after which a job that was cancelled isn't waited for any more."""
+
+
+class Canceller:
+    """Tells Slurm which elements are to end.
+
+    Args:
+        cluster: The cluster.
+        state: Where those are that are to be cancelled.
+    """
+
+    def __init__(self, cluster: Cluster, state: State) -> None:
+        self._cluster = cluster
+        self._state = state
+        self._loop = asyncio.get_running_loop()
+
+    async def run(self) -> None:
+        while True:
+            await self._state.cancelling.wait()
+            await asyncio.sleep(_SETTLE)
+            self._state.cancelling.clear()
+            ready = [e for e in self._state.cancels if e.slurm_id is not None and not e.done]
+            self._state.cancels = {
+                e: None for e in self._state.cancels if e.slurm_id is None and not e.done
+            }
+            twins = set(self._state.twins)
+            late = [e for e in ready if e.expired and not e.stopping]
+            now = [e for e in ready if not e.expired or e.stopping]
+            if now or twins:
+                if await self._scancel(now, text.cancel_command(*self._whole(now, twins))):
+                    self._state.twins -= twins
+                elif twins:
+                    self._loop.call_later(_AGAIN, self._state.cancelling.set)
+            if late:
+                # One that has just begun to run had its turn.
+                command = text.cancel_command(_keys(late))
+                await self._scancel(late, f"{command} --state=PENDING")
+
+    def _whole(
+        self, elements: Sequence[Element], twins: set[tuple[str, int]]
+    ) -> tuple[set[tuple[str, int]], set[str]]:
+        """The same as single elements and whole arrays, as few words as possible."""
+        keys = _keys(elements) | twins
+        whole = set()
+        for submission in {e.submission for e in elements if e.submission is not None}:
+            own = [e.key for e in submission.elements]
+            arrays = {key[0] for key in own if key is not None}
+            if all(e.done or e.key in keys for e in submission.elements):
+                whole |= arrays
+        return {key for key in keys if key[0] not in whole}, whole
+
+    async def _scancel(self, elements: Sequence[Element], command: str) -> bool:
+        """Runs scancel; says whether Slurm has accepted it."""
+        self._cluster.budget.spend(1, self._cluster.now())
+        try:
+            done = await self._cluster.command(command)
+        except (TimeoutError, TransportError):
+            accepted = False
+        else:
+            # It also fails for jobs that are gone, which is as good.
+            accepted = done.exit_status == 0 or text.refusal(done.stderr) == "never"
+        for element in elements:
+            if accepted:
+                element.cancelled_at = self._cluster.now()
+            self._state.suspect(element)
+        # Once more, if they are still there when they should long be gone.
+        pause = self._cluster.site.kill_wait + 10 if accepted else _AGAIN
+        self._loop.call_later(pause, self._cancel_again, list(elements))
+        return accepted
+
+    def _cancel_again(self, elements: list[Element]) -> None:
+        for element in elements:
+            if not element.done and (element.stopping or not element.claims):
+                self._state.cancel(element)
+
+    def let_go_in_time(self, element: Element) -> None:
+        """Nobody is to wait for ever for Slurm to say that it's gone."""
+        self._loop.call_later(_GONE_WITHIN + self._cluster.site.kill_wait, self._let_go_of, element)
+
+    def _let_go_of(self, element: Element) -> None:
+        if not element.done:
+            _LOG.warning("nothing says that Slurm job %s is gone; it was told to", element.slurm_id)
+            outcome = report.report(element.entry.job, Fate.CANCELLED, element.ending())
+            self._state.finish(element, outcome)
+
+
+def _keys(elements: Iterable[Element]) -> set[tuple[str, int]]:
+    return {key for element in elements if (key := element.key) is not None}

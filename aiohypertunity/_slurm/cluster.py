@@ -1,0 +1,165 @@
+"""The cluster as all loops see it: commands over a link that may fail, a clock that knows, a budget."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shlex
+from typing import TYPE_CHECKING, TypeVar
+
+from .._errors import SubmitError, TransportError
+from .._threads import in_thread
+from .._transports import Done, LinkLost, Transport, transport_to
+from . import shell, text
+from .nodecode import node_code
+from .pace import Budget
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .._events import Event
+    from . import Slurm
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger("aiohypertunity.slurm")
+
+BREATH = 0.1
+"""Seconds before what the link broke is begun anew."""
+
+PATIENCE = 30.0
+"""Seconds that a command may take."""
+
+_SPOOL_MARK = "aiohypertunity-spool:"
+_PREPARE = f"""\
+umask 077
+mkdir -p {{workdir}} && cd {{workdir}} && mkdir -p {{run}} || exit 1
+echo "{_SPOOL_MARK}$PWD/{{run}}"
+{{site}}
+"""
+
+
+class Cluster:
+    """A cluster, and the directory of a run on it.
+
+    Args:
+        slurm: The cluster, and how to use it.
+        emit: Takes events of the link.
+        give_up: Called when the link was down for too long.
+
+    Attributes:
+        transport: How to get there.
+        run: The name of the run: of its jobs, and of its directory.
+        directory: Where its files are there; empty before `prepare`.
+        site: What the cluster is like.
+        budget: What RPCs may be spent.
+    """
+
+    def __init__(
+        self,
+        slurm: Slurm,
+        emit: Callable[[Event], None],
+        give_up: Callable[[TransportError], None],
+    ) -> None:
+        self._slurm = slurm
+        self._give_up = give_up
+        self._loop = asyncio.get_running_loop()
+        self._link_lost_at: float | None = None
+        self._paused = 0.0
+        self.transport: Transport = transport_to(slurm, emit)
+        self.run = f"ht-{secrets.token_hex(6)}"
+        self.directory = ""
+        self.site = text.Site()
+        self.budget = Budget()
+
+    def now(self) -> float:
+        """A clock that stands still while the link is down: no job is blamed for that time."""
+        stands = self._link_lost_at
+        return (self._loop.time() if stands is None else stands) - self._paused
+
+    async def through(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Does what may be done twice, as often as the link fails under it."""
+        while True:
+            try:
+                result = await operation()
+            except LinkLost as error:
+                self.link_down(error)
+                # How long to wait for a link is for the transport to know.
+                await asyncio.sleep(BREATH)
+            except TimeoutError as error:
+                _LOG.warning("%s is slow, and is asked again: %s", self.transport.host, error)
+            else:
+                self.link_up()
+                return result
+
+    def link_down(self, error: LinkLost) -> None:
+        if self._link_lost_at is None:
+            self._link_lost_at = self._loop.time()
+        limit = self._slurm.give_up_after
+        if limit is not None and self._loop.time() - self._link_lost_at > limit:
+            words = f"the link to {self.transport.host} was down for more than {limit:g} s: {error}"
+            self._give_up(TransportError(words))
+
+    def link_up(self) -> None:
+        if self._link_lost_at is not None:
+            self._paused += self._loop.time() - self._link_lost_at
+            self._link_lost_at = None
+
+    async def command(self, command: str, *, stdin: str = "", timeout: float = PATIENCE) -> Done:
+        """Runs a command of Slurm's, after the lines that make it available."""
+        if self._slurm.setup:
+            lines = ("{", *self._slurm.setup, "} >/dev/null", command)
+            command = shlex.join(("bash", "-c", "\n".join(lines)))
+        return await self.transport.run(command, stdin=stdin, timeout=timeout)
+
+    async def prepare(self) -> None:
+        """Makes the directory of the run and learns about the site, once."""
+        if self.directory:
+            return
+        command = _PREPARE.format(workdir=self.workdir(), run=self.run, site=text.SITE_COMMAND)
+        done = await self.through(lambda: self.command(command))
+        found = done.stdout.partition(_SPOOL_MARK)[2].partition("\n")[0]
+        if not found:
+            words = text.last_words(done.stderr)
+            raise TransportError(
+                f"the work directory {self._slurm.workdir or '~/.aiohypertunity'} can't be used: {words}; "
+                "name another by Slurm(workdir=...) that the nodes see too"
+            )
+        hopeless = text.hopeless(done.stderr)
+        if hopeless is not None:
+            with contextlib.suppress(TransportError):
+                await self.transport.run(shell.remove_tree(found), timeout=PATIENCE)
+            raise SubmitError(f"Slurm can't be used here: {hopeless}")
+        self.site = text.parse_site(done.stdout)
+        files = await in_thread(node_code)
+        placed = {f"{found}/node/{name}": content for name, content in files.items()}
+        await self.through(lambda: self.transport.put(placed))
+        self.directory = found
+
+    def workdir(self) -> str:
+        """The work directory, as a word for the shell there."""
+        path = (
+            "~/.aiohypertunity" if self._slurm.workdir is None else os.fspath(self._slurm.workdir)
+        )
+        if self.transport.host is None:
+            path = os.path.abspath(os.path.expanduser(path))
+        home, _, rest = path.partition("/")
+        return f'"$HOME"/{shlex.quote(rest)}' if home == "~" else shlex.quote(path)
+
+    async def look(self) -> dict[tuple[str, int], text.Seen] | None:
+        """What squeue says of this run's jobs; None if it says nothing, for whatever reason."""
+        self.budget.spend(2, self.now())
+        try:
+            done = await self.command(text.look_command(self.run))
+        except LinkLost as error:
+            self.link_down(error)
+            return None
+        except (TimeoutError, TransportError):
+            return None
+        self.link_up()
+        if done.exit_status != 0:
+            return None
+        return await in_thread(text.parse_look, done.stdout)

@@ -1,0 +1,192 @@
+"""One attempt at a job, with the evidence on it; and the array it's part of."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from .._jobs import ScriptRef
+from . import report, shell, text
+from .verdict import Facts
+
+if TYPE_CHECKING:
+    from .._ledger import Entry
+    from .staging import Pinned
+
+
+class Element:
+    """One attempt at an entry, and the evidence on it."""
+
+    __slots__ = (
+        "account",
+        "account_asked",
+        "array",
+        "attempts_before",
+        "bad_result",
+        "bad_tries",
+        "cancelled_at",
+        "claimed_at",
+        "claims",
+        "done",
+        "end",
+        "end_at",
+        "entry",
+        "expired",
+        "group",
+        "host",
+        "index",
+        "missing_since",
+        "n_missing",
+        "number",
+        "pinned",
+        "queued_at",
+        "reading",
+        "reason",
+        "result",
+        "seen",
+        "seen_at",
+        "siblings",
+        "started_at",
+        "starts",
+        "state_since",
+        "stopping",
+        "submission",
+    )  # fmt: skip
+
+    def __init__(self, entry: Entry, group: tuple[bool, tuple[str, ...]], now: float) -> None:
+        self.entry = entry
+        self.group = group
+        self.attempts_before = entry.attempt
+        self.queued_at = now
+        self.number = -1
+        self.submission: Submission | None = None
+        self.index = -1
+        self.pinned: Pinned | None = None
+        # The one that claimed it, should it have been submitted twice.
+        self.array: str | None = None
+        self.claims: set[int] = set()
+        self.starts: set[int] = set()
+        self.claimed_at = -1.0
+        self.started_at: float | None = None
+        self.end: shell.Sign | None = None
+        self.end_at = 0.0
+        self.result: int | None = None
+        self.bad_result: str | None = None
+        self.bad_tries = 0
+        self.seen: text.Seen | None = None
+        self.seen_at = -1.0
+        self.state_since = -1.0
+        self.missing_since: float | None = None
+        self.n_missing = 0
+        self.siblings = False
+        self.account: text.Accounted | None = None
+        self.account_asked = False
+        self.cancelled_at: float | None = None
+        self.stopping = False
+        self.expired = False
+        self.reading = False
+        self.done = False
+        self.reason = ""
+        self.host = ""
+
+    @property
+    def is_script(self) -> bool:
+        return isinstance(self.entry.job.target, ScriptRef)
+
+    @property
+    def key(self) -> tuple[str, int] | None:
+        """The array and the index under which Slurm knows it; None before it does."""
+        if self.submission is None or self.submission.array is None:
+            return None
+        return self.array or self.submission.array, self.index
+
+    @property
+    def slurm_id(self) -> str | None:
+        key = self.key
+        return None if key is None else text.element_id(*key)
+
+    def facts(self, *, accounting: bool) -> Facts:
+        """The evidence, less what belongs to a start before the last."""
+        last = max(self.claims, default=-1)
+        end = self.end if self.end is not None and self.end.restart >= last else None
+        fresh = self.seen is not None and self.seen_at > self.claimed_at
+        return Facts(
+            is_script=self.is_script,
+            result=self.result is not None,
+            bad_result=self.bad_result,
+            n_claims=len(self.claims),
+            end=end,
+            end_at=self.end_at,
+            state=self.seen.state if self.seen is not None and fresh else "",
+            state_at=self.seen_at if fresh else -1.0,
+            state_since=self.state_since,
+            missing_since=self.missing_since,
+            n_missing=self.n_missing,
+            siblings=self.siblings,
+            account=self.account,
+            account_open=accounting and not self.account_asked,
+            cancelled_at=self.cancelled_at,
+        )
+
+    def ending(self, log: bytes | None = None, end: bytes | None = None) -> report.Ending:
+        """How it ended, for its error.
+
+        Args:
+            log: The last of its output.
+            end: Its shell's last word.
+        """
+        words = (end or b"").decode(errors="replace").split()
+        elapsed = None
+        if len(words) == 3:
+            with contextlib.suppress(ValueError):
+                elapsed = float(words[2]) - float(words[1])
+        node = words[0] if words and words[0] != "-" else self.host
+        return report.Ending(
+            slurm_id=self.slurm_id,
+            node=node or (self.account.node if self.account else ""),
+            state=self.seen.state if self.seen is not None else "",
+            reason=self.seen.reason if self.seen is not None else "",
+            end=self.end,
+            elapsed=elapsed,
+            account=self.account,
+            log=(log or b"").decode(errors="replace"),
+            timeout=self.entry.timeout,
+            lost=self.bad_result or "none was found",
+            started=bool(self.claims),
+            is_script=self.is_script,
+        )
+
+    def saw(self, seen: text.Seen, at: float) -> None:
+        """A squeue that began at `at` lists it."""
+        if self.seen is None or self.seen.state != seen.state or self.seen_at <= self.claimed_at:
+            self.state_since = at
+        self.seen, self.seen_at = seen, at
+        self.missing_since, self.n_missing = None, 0
+        self.host = seen.node or self.host
+
+    def missed(self, at: float, *, siblings: bool) -> None:
+        """A squeue that began at `at` doesn't list it."""
+        if self.missing_since is None:
+            self.missing_since = at
+        self.n_missing += 1
+        self.siblings = siblings
+
+
+class Submission:
+    """An array: its directory, its elements, its id once it has one."""
+
+    def __init__(self, number: int, run: str, directory: str, elements: list[Element]) -> None:
+        self.name = f"s{number}"
+        self.token = f"{run}.{number}"
+        self.directory = f"{directory}/{self.name}"
+        self.elements = elements
+        self.n_left = len(elements)
+        self.array: str | None = None
+        self.submitted_at = 0.0
+        self.epoch = 0.0
+        self.names: frozenset[str] = frozenset()
+        self.garbage: list[str] = []
+        self.kept = False
+        for index, element in enumerate(elements):
+            element.submission = self
+            element.index = index

@@ -1,0 +1,239 @@
+"""Submits: what came at about the same time as one array, and that exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .._errors import SubmitError, TransportError
+from .._jobs import ScriptRef
+from .._transports import LinkLost
+from . import report, shell, text
+from .cluster import PATIENCE
+from .elements import Submission
+from .options import sbatch_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .._jobs import SlurmJob
+    from . import Slurm
+    from .cluster import Cluster
+    from .elements import Element
+    from .packing import Packer
+    from .state import State
+
+_LOG = logging.getLogger("aiohypertunity.slurm")
+
+_SETTLE = 0.02
+"""Jobs that are dispatched within so many seconds go together."""
+
+_SETTLE_AT_MOST = 0.5
+"""But a stream of them that doesn't end is cut."""
+
+_AT_MOST = 1000
+"""Elements of an array, and so files of one kind in a directory."""
+
+_TRIES = 5
+
+
+class Submitter:
+    """Turns the queue into arrays.
+
+    Args:
+        slurm: How to use the cluster.
+        cluster: The cluster.
+        state: Where the queue is.
+        packer: Puts the files there.
+    """
+
+    def __init__(self, slurm: Slurm, cluster: Cluster, state: State, packer: Packer) -> None:
+        self._slurm = slurm
+        self._cluster = cluster
+        self._state = state
+        self._packer = packer
+        self._loop = asyncio.get_running_loop()
+        self._plain_options = sbatch_options(slurm.options or {}, {}, {})
+        self._limit = slurm.max_in_flight
+        self._longest_array: int | None = None
+        self._n_submissions = 0
+
+    async def run(self) -> None:
+        while True:
+            await self._state.queued.wait()
+            self._state.queued.clear()
+            await self._settle()
+            try:
+                await self._cluster.prepare()
+                while group := self._next_group():
+                    await self._submit(group)
+                    self._state.submitting = []
+            except (SubmitError, TransportError) as error:
+                # The disk, or the shell; the link's own trouble is waited out.
+                self._refuse([*self._state.submitting, *self._state.queue], error)
+                self._state.queue.clear()
+
+    async def _settle(self) -> None:
+        latest = self._loop.time() + _SETTLE_AT_MOST
+        n_queued = -1
+        while n_queued != len(self._state.queue) and self._loop.time() < latest:
+            n_queued = len(self._state.queue)
+            await asyncio.sleep(_SETTLE)
+
+    def _next_group(self) -> list[Element]:
+        """Those next in the queue that can be one array, as far as there is room for them."""
+        waiting = len(self._state.queue)
+        room = waiting
+        if self._limit is not None:
+            room = self._limit - self._state.n_in_flight
+            # In chunks: one for one would be a submission for each job that ends.
+            if room < min(waiting, max(1, self._limit // 4)):
+                return []
+        if not waiting or room <= 0:
+            return []
+        longest = self._longest_array or self._cluster.site.max_array
+        self._state.submitting = self._state.queue.take(min(room, _AT_MOST, longest))
+        return self._state.submitting
+
+    def group_of(self, job: SlurmJob[Any] | Any) -> tuple[bool, tuple[str, ...]]:
+        """What jobs of one array have in common: whether they are scripts, and their options."""
+        meta = job.meta or {}
+        asked = meta.get("options", {}), meta.get("resources", {})
+        options = self._plain_options
+        if any(asked):
+            options = sbatch_options(self._slurm.options or {}, *asked)
+        return isinstance(job.target, ScriptRef), options
+
+    async def _submit(self, group: list[Element]) -> None:
+        self._n_submissions += 1
+        submission = Submission(
+            self._n_submissions, self._cluster.run, self._cluster.directory, group
+        )
+        self._state.n_in_flight += len(group)
+        self._state.submissions[submission.name] = submission
+        try:
+            script = await self._packer.put(submission)
+        except TransportError:
+            self._state.forget(submission)
+            # What is there of it may be what fills the disk.
+            with contextlib.suppress(TransportError, TimeoutError):
+                command = shell.remove_tree(submission.directory)
+                await self._cluster.transport.run(command, timeout=PATIENCE)
+            raise
+        # From here on it is watched: a job may run before sbatch has said that there is one.
+        self._state.active.set()
+        array = await self._sbatch(submission, script)
+        if array is not None:
+            self._state.submitted(submission, array)
+
+    async def _sbatch(self, submission: Submission, script: str) -> str | None:
+        """Submits, exactly once; None if nothing came of it, and that has been reported.
+
+        Whatever sbatch says when it doesn't give an id, the jobs may be queued: so they are looked
+        for by their token before anything is submitted again.
+        """
+        command = text.submit_command(
+            submission.elements[0].group[1],
+            directory=submission.directory,
+            run=self._cluster.run,
+            submission=submission.token,
+            n_elements=len(submission.elements),
+        )
+        for n_tries in range(1, sys.maxsize):
+            array, words, refusal = await self._sbatch_once(command, script)
+            if array is None:
+                array = await self._look_up(submission, wait=refusal in {"busy", "again"})
+            if array is not None or submission.array is not None:
+                return array
+            if refusal == "never" or (refusal == "again" and n_tries >= _TRIES):
+                self._refuse(submission.elements, SubmitError(f"sbatch refused it: {words}"))
+                return None
+            live = [e for e in submission.elements if not e.stopping and not e.done]
+            if not live:
+                self._abandon(submission)
+                return None
+            _LOG.warning("sbatch failed and will be tried again: %s", words)
+            self._state.say_pending(live, words)
+            if refusal == "limit" and self._make_smaller(submission):
+                return None
+            await asyncio.sleep(min(2.0**n_tries, 30))
+        return None
+
+    async def _sbatch_once(self, command: str, script: str) -> tuple[str | None, str, str]:
+        """The array's id if sbatch gave one; else its words, and what is to be made of them."""
+        self._cluster.budget.spend(1, self._cluster.now())
+        patience = 2 * self._cluster.site.message_timeout + 5
+        try:
+            done = await self._cluster.command(command, stdin=script, timeout=patience)
+        except TimeoutError:
+            return None, f"it gave no answer within {patience:g} s", "busy"
+        except LinkLost as error:
+            self._cluster.link_down(error)
+            return None, str(error), "busy"
+        words = text.last_words(done.stderr or done.stdout)
+        if done.exit_status == 0:
+            return text.parse_submitted(done.stdout), words, "again"
+        return None, words, text.refusal(words)
+
+    async def _look_up(self, submission: Submission, *, wait: bool) -> str | None:
+        """The id of an array that may have been queued; it may take a message's time to appear."""
+        for pause in (0.0, self._cluster.site.message_timeout) if wait else (0.0,):
+            await asyncio.sleep(pause)
+            found = None
+            while found is None:
+                if submission.array is not None:  # its jobs have spoken in the spool
+                    return None
+                found = await self._cluster.look()
+                if found is None:
+                    await asyncio.sleep(1)
+            for (array, _), seen in found.items():
+                if seen.submission == submission.token:
+                    return array
+        return None
+
+    def _make_smaller(self, submission: Submission) -> bool:
+        """Slurm holds as many of our jobs as it will: finds out how many, and puts these back.
+
+        Halves the arrays until one fits; when not even a single job does, what is there is the limit.
+        """
+        others = self._state.n_in_flight - len(submission.elements)
+        if len(submission.elements) > 1:
+            self._longest_array = len(submission.elements) // 2
+        elif others > 0:
+            self._limit = others
+            self._longest_array = None
+        else:
+            return False
+        self._abandon(submission, requeue=True)
+        return True
+
+    def _abandon(self, submission: Submission, *, requeue: bool = False) -> None:
+        """The array wasn't submitted and won't be; its elements are over, or wait again."""
+        self._state.n_in_flight -= len(submission.elements)
+        self._state.forget(submission)
+        again = []
+        for element in submission.elements:
+            element.submission = None
+            if not element.done and element.stopping:
+                self._state.finish_unstarted(element)
+            elif not element.done:
+                again.append(element)
+        if requeue:
+            self._state.queue.put_back(again)
+            self._state.queued.set()
+
+    def _refuse(self, elements: Iterable[Element], error: SubmitError | TransportError) -> None:
+        for element in list(elements):
+            if element.done:
+                continue
+            if element.submission is not None:
+                self._state.forget(element.submission)
+                self._state.n_in_flight -= 1
+                element.submission = None
+            if element.stopping:
+                self._state.finish_unstarted(element)
+            else:
+                self._state.finish(element, report.refused(error))
