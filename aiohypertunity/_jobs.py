@@ -22,8 +22,9 @@ import os
 import re
 import shutil
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -70,17 +71,74 @@ class ScriptRef:
     remote: bool = False
 
 
-# Living jobs only: an id is free again as soon as nobody holds its job.
-_living: weakref.WeakValueDictionary[int | str, Job[Any]] = weakref.WeakValueDictionary()
+# Who has an id or a result's file to himself: a job from when it's made until it's finished or gone.
+_ids: weakref.WeakValueDictionary[int | str, Job[Any]] = weakref.WeakValueDictionary()
 _outputs: weakref.WeakValueDictionary[str, Job[Any]] = weakref.WeakValueDictionary()
+_registry = threading.RLock()
 _counter = itertools.count()
 
 
 def _next_id() -> int:
     number = next(_counter)
-    while number in _living:
+    while number in _ids:
         number = next(_counter)
     return number
+
+
+def claim(jobs: Sequence[Job[Any]]) -> None:
+    """Notes that jobs are dispatched: each keeps its id until as many times `release` was called.
+
+    Raises:
+        ValueError: One was finished before, and another has its id now. None is noted then.
+    """
+    with _registry:
+        taken = []
+        try:
+            for job in jobs:
+                if _ids.get(job.id) is not job:
+                    _take_names(job)
+                    taken.append(job)
+        except ValueError as error:
+            for job in taken:
+                _free_names(job)
+            raise ValueError(f"{error}: job.replace() makes another one like it") from None
+        for job in jobs:
+            job.__dict__["_n_dispatches"] = job.__dict__.get("_n_dispatches", 0) + 1
+
+
+def release(job: Job[Any], n_dispatches: int = 1) -> None:
+    """Notes that a job is over, as often as it was dispatched: its id is free after the last."""
+    with _registry:
+        left = max(job.__dict__.get("_n_dispatches", 0) - n_dispatches, 0)
+        job.__dict__["_n_dispatches"] = left
+        if not left:
+            _free_names(job)
+
+
+def _take_names(job: Job[Any]) -> None:
+    """Has a job's id, and the file that it names for its result, belong to it.
+
+    Raises:
+        ValueError: Another unfinished job has one of them. Nothing is taken then.
+    """
+    output = job.__dict__.get("_output")
+    if output is not None and (holder := _outputs.get(output, job)) is not job:
+        raise ValueError(
+            f"output file {output} is in use by job {holder.id!r}, which isn't finished: "
+            "two can't share one"
+        )
+    if _ids.setdefault(job.id, job) is not job:
+        raise ValueError(f"id={job.id!r} is in use by a job that isn't finished")
+    if output is not None:
+        _outputs[output] = job
+
+
+def _free_names(job: Job[Any]) -> None:
+    if _ids.get(job.id) is job:
+        del _ids[job.id]
+    output = job.__dict__.get("_output")
+    if output is not None and _outputs.get(output) is job:
+        del _outputs[output]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +151,8 @@ class Job(Generic[T]):
         args: A tuple for positional arguments, a dict for named ones. A script gets a non-empty
             tuple as `a b c OUTPUT`, a non-empty dict as `--key value ... --output_file OUTPUT` (a key
             that starts with a dash is passed as it is), and nothing for no arguments.
-        id: A number or a string that no living job has; the next unused number if left out.
+        id: A number or a string; the next unused number if left out. No two unfinished jobs can have the
+            same: an id is in use until its job has run (each time it was dispatched) or is gone.
         meta: `"binary"`: the interpreter of a script. `"output": "env"`: append no result path to a
             script's arguments (it is always in `AIOHYPERTUNITY_OUTPUT_FILE`). `"resources"`: what the
             job occupies, `{"cpu": 2, "gpu": 1}`.
@@ -153,7 +212,9 @@ class Job(Generic[T]):
         """
         from ._inline import run_inline
 
-        return run_inline(self)
+        result = run_inline(self)
+        release(self, 0)
+        return result
 
     def __reduce__(self) -> tuple[object, ...]:
         state = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -199,17 +260,15 @@ class Job(Generic[T]):
         if isinstance(self.id, bool) or not isinstance(self.id, int | str):
             raise TypeError(f"id={self.id!r}: must be a whole number or a string")
         path = self._named_output()
-        if path is not None and path in _outputs:
-            raise ValueError(
-                f"output file {path} belongs to the living job {_outputs[path].id!r}: "
-                "two jobs can't share one"
-            )
-        if _living.setdefault(self.id, self) is not self:
-            raise ValueError(
-                f"id={self.id!r} belongs to a living job: leave id out, or let go of that job first"
-            )
         if path is not None:
-            _outputs[path] = self
+            self.__dict__["_output"] = path
+        with _registry:
+            try:
+                _take_names(self)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}: wait for it, let go of it if it's never to run, or take another"
+                ) from None
 
     def _named_output(self) -> str | None:
         """The result path that the user named among the arguments of a script, absolute."""

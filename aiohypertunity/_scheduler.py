@@ -29,7 +29,7 @@ from ._errors import JobCrashed, JobFailed, JobTimeout, PayloadError
 from ._events import Cancelled, Event, Finished, Queued, Retried, Started
 from ._handles import Batch, Collector
 from ._joblib import JoblibCallables, check_backend
-from ._jobs import Job, ScriptRef, SlurmJob, check_retries, check_seconds, resolve
+from ._jobs import Job, ScriptRef, SlurmJob, check_retries, check_seconds, claim, release, resolve
 from ._ledger import Entry, Executor, Ledger, Pool
 from ._map import Map
 from ._results import Outcome, Result, Status
@@ -286,8 +286,8 @@ class Scheduler:
 
         Raises:
             TypeError: Something among them is no job.
-            ValueError: A job can never run here: it asks for more than there is, or is running already. None
-                of them was taken then.
+            ValueError: A job can never run here: it asks for more than there is, is running already, or has
+                an id that another took after it was finished. None of them was taken then.
             RuntimeError: The scheduler isn't running.
         """
         given: list[Job[Any]] = [jobs] if isinstance(jobs, Job) else list(jobs)
@@ -455,6 +455,7 @@ class Scheduler:
         # Again: another thread may have dispatched one of them while their calls were packed.
         for job in jobs:
             self._check_new(job)
+        claim(jobs)
         now = time.time()
         entries = []
         for job, call, need in zip(jobs, calls, needs, strict=True):
@@ -704,6 +705,7 @@ class Scheduler:
         entry.call = entry.place = None
         self._counts[outcome.status] += 1
         del self._unfinished[entry.job]
+        release(entry.job)
         if entry.pool is not None:
             entry.pool.ready(entry)
         if entry.waiters:

@@ -19,6 +19,7 @@ from helpers import script
 
 from aiohypertunity import Job, JobFailed, Result, SlurmJob, Status
 from aiohypertunity._jobs import FunctionRef, ScriptRef
+from aiohypertunity.sync import Scheduler as SyncScheduler
 
 Sample = namedtuple("Sample", "lr depth")
 
@@ -146,14 +147,69 @@ def test_interpreters_by_ending(tmp_path: Path) -> None:
 
 
 def test_ids_count_up_and_are_free_again() -> None:
-    """A living job's id can't be taken; once the job is gone it can. No registry only grows."""
+    """An unfinished job's id can't be taken; once the job is gone it can. No registry only grows."""
     job = Job(tasks.pid, id="mine")
-    with pytest.raises(ValueError, match="'mine' belongs to a living job"):
+    with pytest.raises(ValueError, match="'mine' is in use by a job that isn't finished"):
         Job(tasks.pid, id="mine")
     del job
     gc.collect()
     assert Job(tasks.pid, id="mine").id == "mine"
     assert Job(tasks.pid).id != Job(tasks.pid).id
+
+
+def test_the_id_of_a_finished_job_is_free(tmp_path: Path) -> None:
+    """Though its result is held: a notebook's cell runs again. So is its output file."""
+    path = script(tmp_path / "s.py", "")
+    held = []
+    with SyncScheduler(n_parallel=1) as scheduler:
+        for _ in range(2):
+            job = Job(path, args={"output_file": tmp_path / "out"}, id="again")
+            scheduler.dispatch(job)
+            with pytest.raises(ValueError, match="isn't finished"):
+                job.replace(id="again", args={})
+            with pytest.raises(ValueError, match=r"output file .* is in use by job 'again'"):
+                job.replace()
+            held += scheduler.collect()
+    assert [result.id for result in held] == ["again", "again"]
+
+
+def test_the_id_of_a_job_that_was_called_is_free() -> None:
+    """It has run as well."""
+    first = Job(tasks.pid, id="called")()
+    assert Job(tasks.pid, id="called")().id == first.id
+
+
+def test_a_finished_job_whose_id_was_taken_cannot_be_dispatched() -> None:
+    """It says so and takes none of the others; once the id is free the job may run again."""
+    with SyncScheduler(n_parallel=1) as scheduler:
+        old = Job(tasks.pid, id="taken")
+        fine = Job(tasks.pid, id="fine")
+        scheduler.dispatch([old, fine])
+        scheduler.collect()
+        new = Job(tasks.pid, id="taken")
+        with pytest.raises(ValueError, match=r"'taken' is in use.*replace\(\)"):
+            scheduler.dispatch([fine, old])
+        Job(tasks.pid, id="fine")
+        assert scheduler.dispatch(new)[0].result().ok
+        assert scheduler.dispatch(old)[0].result().ok
+        with pytest.raises(ValueError, match="'taken' is in use"):
+            scheduler.dispatch([old, new])
+
+
+def test_an_id_is_in_use_until_every_scheduler_is_done_with_it(tmp_path: Path) -> None:
+    """A job may be in two schedulers at once."""
+    gates = [tmp_path / "0", tmp_path / "1"]
+    job = Job(tasks.gate, args=(str(gates[0]),), id="twice")
+    with SyncScheduler(n_parallel=1) as one, SyncScheduler(n_parallel=1) as other:
+        one.dispatch(Job(tasks.gate, args=(str(gates[1]),)))
+        behind_it = one.dispatch(job)[0]
+        gates[0].touch()
+        assert other.dispatch(job)[0].result().ok
+        with pytest.raises(ValueError, match="isn't finished"):
+            job.replace(id="twice")
+        gates[1].touch()
+        assert behind_it.result().ok
+    assert job.replace(id="twice").id == "twice"
 
 
 def test_a_job_that_was_refused_keeps_no_id() -> None:
@@ -164,18 +220,18 @@ def test_a_job_that_was_refused_keeps_no_id() -> None:
 
 
 def test_an_automatic_id_steps_over_taken_ones() -> None:
-    """The next unused number is one that no living job was given by hand."""
+    """The next unused number is one that no unfinished job was given by hand."""
     last = Job(tasks.pid).id
     assert isinstance(last, int)
     held = [Job(tasks.pid, id=last + n) for n in (1, 2, 3)]
     assert Job(tasks.pid).id == last + len(held) + 1
 
 
-def test_two_living_jobs_cannot_share_an_output_file(tmp_path: Path) -> None:
+def test_two_unfinished_jobs_cannot_share_an_output_file(tmp_path: Path) -> None:
     """The second job to name a result file is refused, however the path is spelled."""
     one = script(tmp_path / "s.py", "")
     kept = Job(one, args={"output_file": str(tmp_path / "out")})
-    with pytest.raises(ValueError, match="can't share"):
+    with pytest.raises(ValueError, match="two can't share one"):
         Job(one, args={"--output_file": f"{tmp_path}/./out"})
     assert kept.output_path == str(tmp_path / "out")
 
