@@ -24,7 +24,7 @@ import shutil
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Args: TypeAlias = "tuple[Any, ...] | dict[str, Any]"
+
+SLURM_ONLY = ("memory", "time")
+"""What a job asks of Slurm and of no scheduler, unless that was given a resource of this name."""
 
 _REMOTE = "remote:"
 _FUNCTION = re.compile(r"(?P<where>.+?)::?(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\Z")
@@ -147,15 +150,18 @@ class Job(Generic[T]):
 
     Args:
         task: A callable; `"path/script.py:function"` or `"package.module:function"` (`::` too);
-            or the path of a script or program.
+            or the path of a script or program. A relative path is relative to the directory in which the job
+            is made, not to `cwd`.
         args: A tuple for positional arguments, a dict for named ones. A script gets a non-empty
             tuple as `a b c OUTPUT`, a non-empty dict as `--key value ... --output_file OUTPUT` (a key
-            that starts with a dash is passed as it is), and nothing for no arguments.
+            that starts with a dash is passed as it is), and nothing for no arguments. Each value is
+            passed as `str(value)`: True as `True`, None as `None`, a list as `[1, 2]`. There is no key
+            without a value: write such a flag into a tuple.
         id: A number or a string; the next unused number if left out. No two unfinished jobs can have the
             same: an id is in use until its job has run (each time it was dispatched) or is gone.
         meta: `"binary"`: the interpreter of a script. `"output": "env"`: append no result path to a
             script's arguments (it is always in `AIOHYPERTUNITY_OUTPUT_FILE`). `"resources"`: what the
-            job occupies, `{"cpu": 2, "gpu": 1}`.
+            job occupies, `{"cpu": 2, "gpu": 1}`: CPUs, and what `Scheduler(resources=...)` has. No other keys.
         timeout: Seconds that one attempt may run; None for the scheduler's own.
         retries: How many more attempts a failure, a crash or a timeout gets; None for the scheduler's own
             number.
@@ -230,7 +236,7 @@ class Job(Generic[T]):
         meta = self.meta or {}
         if callable(self.task):
             _check_signature(self.task, self.args)
-        target = resolve(self.task, meta.get("binary"))
+        target = resolve(self.task, meta.get("binary"), self.cwd)
         if isinstance(target, ScriptRef):
             _check_words(self.args)
         else:
@@ -370,7 +376,12 @@ def _check_local_resources(resources: Mapping[str, Any]) -> None:
         least = 1 if name == "cpu" else 0
         if not isinstance(amount, int) or isinstance(amount, bool) or amount < least:
             raise ValueError(
-                f"meta['resources'][{name!r}]={amount!r}: must be a whole number from {least}"
+                f"meta['resources'][{name!r}]={amount!r}: "
+                + (
+                    f"{name} is for a SlurmJob"
+                    if name in SLURM_ONLY
+                    else f"must be a whole number from {least}"
+                )
             )
 
 
@@ -433,7 +444,29 @@ def _check_signature(function: Callable[..., Any], args: Args) -> None:
         elif not signature.least <= len(args) <= signature.most:
             signature.full.bind(*args)
     except TypeError as error:
-        raise TypeError(f"args={args!r} don't fit {function!r}{signature.full}: {error}") from None
+        reason = _misnamed(signature.full, args) or str(error)
+        raise TypeError(f"args={args!r} don't fit {function!r}{signature.full}: {reason}") from None
+
+
+def _misnamed(signature: inspect.Signature, args: Args) -> str:
+    """Which names among `args` a signature doesn't have, and what may be meant."""
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    if not isinstance(args, dict) or inspect.Parameter.VAR_KEYWORD in kinds:
+        return ""
+    named = {p.name for p in signature.parameters.values() if p.kind in _NAMED}
+    return "; ".join(
+        f"there is no argument {name!r}{did_you_mean(name, named - args.keys())}"
+        for name in args
+        if name not in named
+    )
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """What `word` may be a misspelling of, as the end of a message; empty if it's like none of `known`."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f": did you mean {close[0]!r}?" if close else ""
 
 
 class _Signature(NamedTuple):
@@ -458,6 +491,7 @@ class _Signature(NamedTuple):
 
 
 _POSITIONAL = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+_NAMED = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 _signatures: weakref.WeakKeyDictionary[Callable[..., Any], _Signature | None] = (
     weakref.WeakKeyDictionary()
 )
@@ -479,9 +513,16 @@ def _signature(function: Callable[..., Any]) -> _Signature | None:
 
 
 def resolve(
-    task: Callable[..., T] | str | os.PathLike[str], binary: object = None
+    task: Callable[..., T] | str | os.PathLike[str],
+    binary: object = None,
+    cwd: str | os.PathLike[str] | None = None,
 ) -> Callable[..., T] | FunctionRef | ScriptRef:
     """Tells apart what a task is.
+
+    Args:
+        task: What a `Job` was given.
+        binary: The interpreter that was named for it.
+        cwd: Where it will run. No script is looked for there, but one that is there is told of.
 
     Raises:
         TypeError: It is none of the three.
@@ -494,18 +535,20 @@ def resolve(
             f"task={task!r}: must be a callable, 'script.py:function', 'package.module:function' or "
             "the path of a script"
         )
-    return _resolve(os.fspath(task), binary)
+    return _resolve(os.fspath(task), binary, cwd)
 
 
-def _resolve(task: str, binary: object) -> FunctionRef | ScriptRef:
+def _resolve(
+    task: str, binary: object, cwd: str | os.PathLike[str] | None
+) -> FunctionRef | ScriptRef:
     if not task:
         raise ValueError("task='': names no script")
     if task.startswith(_REMOTE):
         return _resolve_remote(task, binary)
     match = _FUNCTION.match(task)
     if match and not os.path.exists(task):
-        return _resolve_function(task, match["where"], match["name"])
-    return _resolve_script(task, binary)
+        return _resolve_function(task, match["where"], match["name"], cwd)
+    return _resolve_script(task, binary, cwd)
 
 
 def _resolve_remote(task: str, binary: object) -> FunctionRef | ScriptRef:
@@ -515,12 +558,26 @@ def _resolve_remote(task: str, binary: object) -> FunctionRef | ScriptRef:
     return ScriptRef(path, _binary(binary) or (("python3",) if path.endswith(".py") else ()), True)
 
 
-def _resolve_function(task: str, where: str, name: str) -> FunctionRef:
+def _no_script(task: str, where: str, cwd: str | os.PathLike[str] | None) -> ValueError:
+    """The error for a task that names the script `where`, which isn't there."""
+    message = f"task={task!r}: there is no script {os.path.abspath(where)}"
+    there = os.path.join(cwd or "", where)
+    if os.path.isfile(there):
+        message += (
+            f"; there is {there}, but a script's path is relative to the directory the job is made in, not "
+            "to its cwd"
+        )
+    return ValueError(message)
+
+
+def _resolve_function(
+    task: str, where: str, name: str, cwd: str | os.PathLike[str] | None
+) -> FunctionRef:
     if not where.endswith(".py") and _MODULE.match(where):
         return _resolve_in_module(task, where, name)
     path = os.path.abspath(where)
     if not os.path.isfile(path):
-        raise ValueError(f"task={task!r}: there is no script {path}")
+        raise _no_script(task, where, cwd)
     if not path.endswith(".py"):
         raise ValueError(f"task={task!r}: a function can only be taken out of a .py file")
     stat = os.stat(path)
@@ -575,12 +632,12 @@ def _names_in(path: str, mtime_ns: int, size: int) -> frozenset[str] | None:  # 
     return None if "__getattr__" in names else frozenset(names)
 
 
-def _resolve_script(task: str, binary: object) -> ScriptRef:
+def _resolve_script(task: str, binary: object, cwd: str | os.PathLike[str] | None) -> ScriptRef:
     path = os.path.abspath(task)
     if not os.path.exists(path) and os.sep not in task:
         path = shutil.which(task) or path
     if not os.path.isfile(path):
-        raise ValueError(f"task={task!r}: there is no script {path}")
+        raise _no_script(task, task, cwd)
     given = _binary(binary)
     if given:
         return ScriptRef(path, given)

@@ -19,6 +19,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ._errors import NotEnoughJobs
+from ._jobs import SLURM_ONLY, did_you_mean
 from ._results import Result, Status
 
 if TYPE_CHECKING:
@@ -189,26 +190,33 @@ class Ledger:
         """What a job that asks for `resources` will occupy.
 
         Raises:
-            ValueError: There isn't as much, and never will be.
+            ValueError: There isn't as much, and never will be. The message lacks its subject, the job.
         """
         if not resources:
             return _ONE_CPU
         amounts = dict(resources)
         cpus = amounts.pop("cpu", 1)
-        for name, amount, total in (
-            ("cpu", cpus, self.n_cpus),
-            *((name, amount, len(self._all.get(name, ()))) for name, amount in amounts.items()),
-        ):
-            if amount > total:
+        if cpus > self.n_cpus:
+            raise ValueError(
+                f"asks for {cpus} cpu, and this scheduler has {self.n_cpus}: raise n_parallel"
+            )
+        for name, amount in amounts.items():
+            if amount > len(self._all.get(name, ())):
                 raise ValueError(
-                    f"a job asks for {amount} {name}, and this scheduler has {total}: "
-                    + (
-                        "raise n_parallel"
-                        if name == "cpu"
-                        else f"give it resources={{{name!r}: [...]}}"
-                    )
+                    f"asks for {amount} {name}, and this scheduler has {self._lack(name)}"
                 )
         return Needs(cpus, tuple(sorted((n, a) for n, a in amounts.items() if a)))
+
+    def _lack(self, name: str) -> str:
+        """What there is where there's too little of a resource, and what would help."""
+        if name in self._all:
+            return f"{len(self._all[name])}: give it more in resources={{{name!r}: [...]}}"
+        advice = f": give it resources={{{name!r}: [...]}}"
+        if name in SLURM_ONLY:
+            advice = f": {name} is for a SlurmJob"
+        elif name != "gpu":
+            advice = did_you_mean(name, ("cpu", "gpu", *self._all), 0.8) or advice
+        return f"only {', '.join(('cpu', *self._all))}{advice}"
 
     def wait(self, entry: Entry) -> None:
         """Adds an entry at the end of its queue."""

@@ -427,7 +427,10 @@ class Scheduler:
                 raise ValueError(f"{job.task!r} lies on a cluster: dispatch it as a SlurmJob")
         else:
             self._callables.check(job, self._timeout if job.timeout is None else job.timeout)
-        return self._ledger.needs(job.meta.get("resources") or {} if job.meta else {})
+        try:
+            return self._ledger.needs(job.meta.get("resources") or {} if job.meta else {})
+        except ValueError as error:
+            raise ValueError(f"{_failures.name(job)} {error}") from None
 
     def _check_new(self, job: Job[Any]) -> None:
         if job in self._unfinished:

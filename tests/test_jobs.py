@@ -53,7 +53,9 @@ def happy(tmp_path: Path) -> Path:
         ({"task": tasks.add, "args": {1: 2}}, TypeError, "must be strings"),
         ({"task": tasks.add, "args": ()}, TypeError, "don't fit"),
         ({"task": tasks.add, "args": (1, 2, 3)}, TypeError, "don't fit"),
-        ({"task": tasks.add, "args": {"a": 1, "c": 2}}, TypeError, "don't fit"),
+        ({"task": tasks.add, "args": {"a": 1, "c": 2}}, TypeError, "don't fit.*no argument 'c'"),
+        ({"task": tasks.double, "args": {"xx": 1}}, TypeError, "'xx': did you mean 'x'"),
+        ({"task": tasks.double, "args": {}}, TypeError, "missing a required argument: 'x'"),
         ({"task": tasks.pid, "timeout": 0}, ValueError, "more than 0"),
         ({"task": tasks.pid, "timeout": float("nan")}, ValueError, "more than 0"),
         ({"task": tasks.pid, "timeout": "1"}, TypeError, "number of seconds"),
@@ -72,6 +74,11 @@ def happy(tmp_path: Path) -> Path:
         ({"task": tasks.pid, "meta": {"resources": 3}}, TypeError, "must be a dict"),
         ({"task": tasks.pid, "meta": {"resources": {"cpu": 0}}}, ValueError, "from 1"),
         ({"task": tasks.pid, "meta": {"resources": {"gpu": -1}}}, ValueError, "from 0"),
+        (
+            {"task": tasks.pid, "meta": {"resources": {"memory": "8G"}}},
+            ValueError,
+            "memory is for a SlurmJob",
+        ),
         ({"task": "/bin/true", "meta": {"output": "x"}}, ValueError, "'env'"),
         ({"task": "/bin/true", "meta": {"binary": "no-such-interpreter"}}, ValueError, "binary"),
     ],
@@ -129,6 +136,21 @@ def test_relative_scripts_are_fixed_when_made(
     job = Job("s.py")
     monkeypatch.chdir("/")
     assert job.target == ScriptRef(str(tmp_path / "s.py"), (sys.executable,))
+
+
+@pytest.mark.parametrize("task", ["s.py", "s.py:f"])
+def test_a_script_is_not_looked_for_in_cwd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """Where it only is there, the error says which directory counts."""
+    (tmp_path / "sub").mkdir()
+    script(tmp_path / "sub" / "s.py", "def f(): pass")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"there is {tmp_path}/sub/s.py, but .* not to its cwd"):
+        Job(task, cwd="sub")
+    with pytest.raises(ValueError, match=r"there is no script .*/s\.py$"):
+        Job(task)
+    assert Job(f"sub/{task}", cwd="sub").cwd == str(tmp_path / "sub")
 
 
 def test_a_script_with_a_colon_in_its_name_is_a_script(tmp_path: Path) -> None:

@@ -74,12 +74,36 @@ async def test_gpus_come_back_whatever_happens() -> None:
             assert (await scheduler.dispatch(Job(visible, meta=ONE_GPU))[0]).data == "0"
 
 
-@pytest.mark.parametrize("wanted", [{"cpu": 3}, {"gpu": 2}, {"fpga": 1}])
-async def test_what_there_never_is_is_refused(wanted: dict[str, int]) -> None:
-    """At dispatch, with what would help."""
-    async with Scheduler(n_parallel=2, resources={"gpu": [0]}) as scheduler:
-        with pytest.raises(ValueError, match="asks for"):
-            scheduler.dispatch(Job(tasks.pid, meta={"resources": wanted}))
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"cpu": 3}, "3 cpu, and this scheduler has 2: raise n_parallel"),
+        ({"gpu": 2}, "2 gpu, and this scheduler has 1: give it more"),
+        ({"fpga": 1}, r"only cpu, gpu, licence: give it resources=\{'fpga': \[...\]\}"),
+        (
+            {"tpu": 1},
+            "give it resources=",
+        ),  # a name like any other, though but a letter from two known ones
+        ({"cpus": 1}, "only cpu, gpu, licence: did you mean 'cpu'?"),
+        ({"gpus": 1}, "did you mean 'gpu'?"),
+        ({"license": 1}, "did you mean 'licence'?"),
+        ({"memory": 8}, "only cpu, gpu, licence: memory is for a SlurmJob"),
+    ],
+)
+async def test_what_there_never_is_is_refused(wanted: dict[str, int], words: str) -> None:
+    """At dispatch, with the job's name, what there is, and what would help."""
+    async with Scheduler(n_parallel=2, resources={"gpu": [0], "licence": ["a"]}) as scheduler:
+        with pytest.raises(ValueError, match=r"job 'greedy' \(pid\) asks for .*" + words):
+            scheduler.dispatch(Job(tasks.pid, id="greedy", meta={"resources": wanted}))
+
+
+async def test_a_gpu_where_there_is_none() -> None:
+    """Isn't taken for a CPU misspelt."""
+    async with Scheduler(n_parallel=1) as scheduler:
+        with pytest.raises(ValueError, match="has only cpu: give it resources={'gpu'"):
+            scheduler.dispatch(Job(tasks.pid, meta=ONE_GPU))
+        with pytest.raises(ValueError, match="did you mean 'gpu'"):
+            scheduler.dispatch(Job(tasks.pid, meta={"resources": {"gpus": 1}}))
 
 
 async def test_more_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
