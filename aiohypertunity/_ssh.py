@@ -44,7 +44,7 @@ from ._threads import in_thread
 from ._transports import Done, LinkLost
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from ._events import Event
     from ._transports import Content, Wanted
@@ -61,7 +61,9 @@ _CONNECT, _LOGIN, _TYPING = 10.0, 30.0, 120.0
 """Seconds that a connection, a log-in, and a log-in for which somebody types may take."""
 
 _LONGEST_PAUSE = 15.0
-_LARGE = 8 << 20
+_SMALL, _LARGE = 16 << 10, 8 << 20
+"""Bytes of a file that is small, whatever there is of them; and of one that travels alone, or of an archive."""
+
 _PIECE = 1 << 20
 
 _TROUBLE = (OSError, asyncssh.Error)
@@ -110,30 +112,42 @@ class SSH:
             hint = ": the disk is full, or a quota" if "Wrote only" in said.words else ""
             raise TransportError(f"can't write files on {self.host}{hint}: {said.words}")
 
-    async def get(self, files: Sequence[Wanted]) -> list[bytes | None]:
+    async def get(self, files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
         """As `Transport.get`."""
-        paths = list(dict.fromkeys(wanted.path for wanted in files if wanted.path))
-        last = {wanted.path: wanted.last for wanted in files if wanted.last is not None}
-        if not paths:
-            return [None] * len(files)
-        # Those that are long are only named, and don't travel with the others.
-        said = await self._exchange(_get_command(paths, last))
-        named, _, archive = said.stdout.partition(b"\n\n")
-        long = {os.fsdecode(line) for line in named.splitlines() if line}
-        contents: dict[str, bytes | None] = dict(await in_thread(_untar, archive))
-        for path in long:
-            contents[path] = await self._get_long(path, last.get(path))
+        contents: dict[str, bytes | TransportError | None] = {}
+        last = {wanted.path: wanted.last for wanted in files if wanted.path}
+        while last:
+            found = await self._get_some(last)
+            for path in found.long:
+                contents[path] = await self._get_long(path)
+            contents |= found.contents
+            last = {path: last[path] for path in found.left}
         return [contents.get(wanted.path) for wanted in files]
 
-    async def _get_long(self, path: str, last: int | None) -> bytes | None:
-        if last is not None:
-            said = await self._exchange(f"tail -c {last} {shlex.quote(path)}")
-            return said.stdout if said.status == 0 else None
-        here = await self.fetch(path)
+    async def _get_some(self, last: Mapping[str, int | None]) -> _Found:
+        """As many files as fit into one archive."""
+        said = await self._exchange(_get_command(last, self._mark))
+        found = await in_thread(_sort_out, last, said, self._mark)
+        if found is None and said.status == _NOT_FOUND:
+            raise TransportError(f"can't read files on {self.host}: {said.words}")
+        if found is None:
+            # So it ended in the middle: there was no process to be had, or no memory.
+            raise LinkLost(f"{self.host} can't read files now: {said.words}")
+        return found
+
+    async def _get_long(self, path: str) -> bytes | TransportError:
         try:
-            return await in_thread(Path(here).read_bytes)
-        finally:
-            await in_thread(os.unlink, here)
+            here = await self.fetch(path)
+            try:
+                return await in_thread(Path(here).read_bytes)
+            finally:
+                await in_thread(os.unlink, here)
+        except OSError as error:
+            return TransportError(f"can't read what came of {path}: {error.strerror}")
+        except LinkLost:
+            raise
+        except TransportError as error:
+            return error
 
     async def fetch(self, path: str) -> str:
         """As `Transport.fetch`."""
@@ -234,6 +248,9 @@ class SSH:
         frame: Callable[..., str] | None = None,
     ) -> _Said:
         """Runs a command; again, if its channel was dropped before it began."""
+        if stdin is None and len(command) > _LONGEST_COMMAND:
+            long = os.fsencode(command)
+            command, stdin = 'eval "$(cat)"', lambda: _once(long)
         script = (frame or _marked)(command, self._mark, with_stdin=stdin is not None)
         while True:
             async with self._channel(script) as process:
@@ -326,6 +343,12 @@ if TYPE_CHECKING:
 
 _PATIENCE = 20
 """How many times in a row a channel may be refused."""
+
+_LONGEST_COMMAND = 16 << 10
+"""One argument may have 128 KiB, with five letters for one that isn't harmless."""
+
+_NOT_FOUND = 127
+"""What a shell says of a program that isn't there."""
 
 _MUTE = 5
 """How many in a row may be dropped before they begin."""
@@ -748,32 +771,142 @@ printf '\\n{mark}\\n%s\\n{mark} 0\\n' "$said"
 """
 
 
-def _get_command(paths: Sequence[str], last: Mapping[str, int]) -> str:
-    """Names of those that are long, an empty line, and a tar archive of the others that are there.
+def _get_command(last: Mapping[str, int | None], mark: str) -> str:
+    """What is known of files, by number; the ends of some; and a tar archive of the others.
 
-    Few processes, since it's done for every few jobs that end: two `find` and a `tar`.
+    Few processes, since it's done for every few jobs that end: two `find` and a `tar`, and more only for
+    what is large. What isn't a regular file isn't opened: a FIFO would wait for somebody to write.
     """
-    # A name can't be excluded from tar by itself: so it's done in two steps where there is a long one.
-    whole = [path for path in paths if path not in last]
-    groups = [(_LARGE, whole)] if whole else []
-    groups += [(size, [p for p in last if last[p] == size]) for size in set(last.values())]
-    finds = "\n".join(
-        f"find {shlex.join(group)} -prune -type f -size +{size}c" for size, group in groups
+    sizes = {size for size in last.values() if size is not None}
+    ends = {size: shlex.join(path for path in last if last[path] == size) for size in sorted(sizes)}
+    whole = shlex.join(path for path in last if last[path] is None)
+    find_long = (
+        f"find -L {whole} -prune -type f -size +{_SMALL}c -exec wc -c {{}} +" if whole else ""
+    )
+    find_ends = "\n".join(
+        f"find -L {paths} -prune -type f -size +{size}c" for size, paths in ends.items()
+    )
+    tails = "\n".join(
+        f"for path in {paths}; do\n"
+        f'    ! holds "$cut" "$path" || {{ tail -c {size} "$path"; printf "\\n{mark} $?\\n"; }}\n'
+        "done"
+        for size, paths in ends.items()
     )
     return f"""\
-long=$({{
-{finds}
-}} 2>/dev/null)
-printf '%s\\n\\n' "$long"
-for path in {shlex.join(paths)}; do
-    case "
-$long
-" in *"
-$path
-"*) ;; *) set -- "$@" "$path" ;; esac
+cd /
+set -f
+LC_ALL=C N='
+'
+export LC_ALL
+IFS=$N
+holds() {{ case $1 in *"$N$2$N"*) ;; *) return 1 ;; esac; }}
+cut=$N$({{
+{find_ends}
+:; }} 2>/dev/null)$N
+long=$N left=$N room={_LARGE}
+for line in $({find_long or ":"} 2>/dev/null); do
+    case $line in *" /"*) ;; *) continue ;; esac
+    path=/${{line#* /}} size=$((${{line%% /*}} + 0))
+    if [ $size -gt {_LARGE} ]; then long=$long$path$N
+    elif [ $size -gt $room ]; then left=$left$path$N
+    else room=$((room - size))
+    fi
 done
-[ $# = 0 ] || tar -cf - "$@" 2>/dev/null
-:"""
+n=0
+for path in {shlex.join(last)}; do
+    if holds "$long" "$path"; then echo long $n
+    elif holds "$left" "$path"; then echo left $n
+    elif holds "$cut" "$path"; then echo cut $n
+    elif [ -f "$path" ]; then set -- "$@" ".$path"
+    elif [ -e "$path" ]; then echo odd $n
+    else echo gone $n; set -- "$@" ".$path"
+    fi
+    n=$((n + 1))
+done
+echo
+{tails}
+[ $# = 0 ] || tar -hcf - "$@"
+"""
+
+
+class _Found(NamedTuple):
+    """What became of files that were asked for.
+
+    Attributes:
+        contents: What is known of them.
+        long: Those that come one by one.
+        left: Those that come with the next.
+    """
+
+    contents: dict[str, bytes | TransportError | None]
+    long: list[str]
+    left: list[str]
+
+
+def _sort_out(last: Mapping[str, int | None], said: _Said, mark: str) -> _Found | None:
+    """What a get command said; None if it ended in the middle."""
+    paths, out, at = list(last), said.stdout, 0
+    kinds: dict[bytes, list[str]] = {
+        kind: [] for kind in (b"long", b"left", b"cut", b"odd", b"gone")
+    }
+    while True:
+        end = out.find(b"\n", at)
+        line, at = out[at:end], end + 1
+        kind, _, number = line.partition(b" ")
+        if end < 0 or (line and kind not in kinds):
+            return None
+        if not line:
+            break
+        kinds[kind].append(paths[int(number)])
+    contents: dict[str, bytes | TransportError | None] = {}
+    for path in sorted(kinds[b"cut"], key=lambda path: last[path] or 0):
+        end = out.find(f"\n{mark} ".encode(), at)
+        if end < 0:
+            return None
+        status = out[end + len(mark) + 2 : out.find(b"\n", end + 1)]
+        contents[path] = out[at:end] if status == b"0" else _unreadable(path, "tail failed")
+        at = end + len(mark) + len(status) + 3
+    contents |= {path: _unreadable(path, "it isn't a regular file") for path in kinds[b"odd"]}
+    settled = {*contents, *kinds[b"long"], *kinds[b"left"]}
+    packed = [path for path in paths if path not in settled]
+    came = _untar(out, at) if packed else {}
+    if came is None:
+        return None
+    words = _complaints(said.stderr, set(packed))
+    for path in packed:
+        content, why = came.get(path.lstrip("/")), words.get(path, "")
+        if path in kinds[b"gone"] and (not why or why.endswith(_ABSENT)):
+            contents[path] = content
+        # A log may grow.
+        elif content is None or (why and not (last[path] is not None and "file changed" in why)):
+            contents[path] = _unreadable(path, why or "it is left out of the archive")
+        else:
+            contents[path] = content
+    return _Found(contents, kinds[b"long"], kinds[b"left"])
+
+
+_ABSENT = ("No such file or directory", "Not a directory")
+
+
+def _unreadable(path: str, why: str) -> TransportError:
+    return TransportError(f"can't read {path}: {why}")
+
+
+def _complaints(words: bytes, paths: set[str]) -> dict[str, str]:
+    """What tar said of each file, as `tar: ./path: words`."""
+    said = {}
+    for line in words.splitlines():
+        # It writes odd letters as octal numbers.
+        plain = re.sub(rb"\\([0-7]{3}|.)", _unescape, line)
+        text = os.fsdecode(plain.partition(b": .")[2])
+        for colon in re.finditer(": ", text):
+            if text[: colon.start()] in paths:
+                said[text[: colon.start()]] = text[colon.end() :]
+    return said
+
+
+def _unescape(found: re.Match[bytes]) -> bytes:
+    return bytes([int(found[1], 8) % 256]) if len(found[1]) > 1 else found[1]
 
 
 async def _once(content: bytes) -> AsyncIterator[bytes]:
@@ -848,12 +981,21 @@ def _padding(size: int) -> bytes:
     return bytes(-size % tarfile.BLOCKSIZE)
 
 
-def _untar(archive: bytes) -> Iterable[tuple[str, bytes]]:
-    if not archive:
-        return []
-    with tarfile.open(fileobj=io.BytesIO(archive), encoding="utf-8") as files:
-        members = [(f"/{member.name}", files.extractfile(member)) for member in files]
-        return [(path, file.read()) for path, file in members if file is not None]
+def _untar(archive: bytes, at: int) -> dict[str, bytes] | None:
+    """The files, by their path from /, of an archive that begins somewhere in bytes; None if it's not whole."""
+    source = io.BytesIO(archive)
+    source.seek(at)
+    contents = {}
+    try:
+        with tarfile.open(fileobj=source, mode="r:", encoding="utf-8") as files:
+            for member in files:
+                # What has two names comes once, and then as a link to that.
+                file = files.extractfile(member) if member.isreg() or member.islnk() else None
+                if file is not None:
+                    contents[member.name.removeprefix(".").lstrip("/")] = file.read()
+    except (tarfile.TarError, KeyError):
+        return None
+    return contents
 
 
 class _Part:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import signal
+import stat
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
@@ -32,7 +34,14 @@ Content: TypeAlias = "bytes | Path"
 
 
 class LinkLost(TransportError):
-    """The link is down, and may come up again: nobody knows what became of a command under way."""
+    """The link is down, or this machine too busy, and that may pass.
+
+    Nobody knows what became of a command under way.
+    """
+
+
+_TEMPORARY = {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""What a machine says that has too much to do at the moment."""
 
 
 class Done(NamedTuple):
@@ -99,12 +108,16 @@ class Transport(Protocol):
             TransportError: They can't all be written: the disk is full, say.
         """
 
-    async def get(self, files: Sequence[Wanted]) -> list[bytes | None]:
-        """Reads files; None for each that isn't there.
+    async def get(self, files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
+        """Reads files.
+
+        Returns:
+            What each holds; None for one that isn't there; and, not raised, a TransportError for one
+            that is there and can't be read: a directory, say, or one that we may not read.
 
         Raises:
-            LinkLost: Some couldn't be read now.
-            TransportError: They can't all be read.
+            LinkLost: Nothing can be read now.
+            TransportError: Nothing can be read at all.
         """
         ...
 
@@ -155,14 +168,12 @@ class LocalShell:
         try:
             await in_thread(_write_all, files)
         except OSError as error:
-            raise TransportError(f"can't write {error.filename}: {error.strerror}") from error
+            kind = LinkLost if error.errno in _TEMPORARY else TransportError
+            raise kind(f"can't write {error.filename}: {error.strerror}") from error
 
-    async def get(self, files: Sequence[Wanted]) -> list[bytes | None]:
+    async def get(self, files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
         """As `Transport.get`."""
-        try:
-            return await in_thread(_read_all, files)
-        except OSError as error:
-            raise TransportError(f"can't read {error.filename}: {error.strerror}") from error
+        return await in_thread(_read_all, files)
 
     async def fetch(self, path: str) -> str:
         """As `Transport.fetch`."""
@@ -215,7 +226,8 @@ async def _start(command: str) -> asyncio.subprocess.Process:
             start_new_session=True,
         )
     except OSError as error:
-        raise TransportError(f"can't start /bin/sh: {error}") from error
+        kind = LinkLost if error.errno in _TEMPORARY else TransportError
+        raise kind(f"can't start /bin/sh: {error.strerror}") from error
 
 
 def _environment() -> dict[str, str]:
@@ -275,15 +287,27 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _read_all(files: Sequence[Wanted]) -> list[bytes | None]:
+def _read_all(files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
     return [_read(wanted) for wanted in files]
 
 
-def _read(wanted: Wanted) -> bytes | None:
+def _read(wanted: Wanted) -> bytes | TransportError | None:
     try:
-        with open(wanted.path, "rb") as file:
+        # Not blocking: a FIFO would wait for somebody to write.
+        with open(wanted.path, "rb", opener=_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return TransportError(f"can't read {wanted.path}: it isn't a regular file")
             if wanted.last is not None:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - wanted.last))
             return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        words = f"can't read {wanted.path}: {error.strerror}"
+        if error.errno in _TEMPORARY:
+            raise LinkLost(words) from error
+        return TransportError(words)
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -1,0 +1,110 @@
+# ruff: noqa: F811 - fixtures are imported by their names
+"""Files come from a cluster, each for itself: one that can't be read is no harm to the others."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+from typing import TYPE_CHECKING
+
+import pytest
+from ssh_kit import cluster, connect, needs_login_node, node  # noqa: F401
+
+import aiohypertunity as ht
+from aiohypertunity._ssh import SSH
+from aiohypertunity._transports import LinkLost, LocalShell, Wanted
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from login_node import LoginNode
+
+pytestmark = needs_login_node
+_DENIED = "Permission denied"
+
+
+@pytest.fixture
+async def ssh(node: LoginNode) -> AsyncIterator[SSH]:
+    """A link to the login node."""
+    ssh = SSH(f"{node.user}@{node.host}:{node.port}", connect(node), lambda event: None)
+    yield ssh
+    await ssh.aclose()
+    node.run("chmod -R u+rwx odd || :; rm -rf odd")
+
+
+ODD = """\
+mkdir odd odd/directory odd/closed && cd odd
+echo small >small; : >empty; ln -s small link; ln small twin
+ln -s loop loop; ln -s nowhere dangling
+mkfifo fifo; ln -s fifo 'link to fifo'
+echo secret >closed/file; chmod 0 closed; echo secret >unread; chmod 0 unread
+echo odd >"it's \\$HOME: \\\\ \u00fcber"
+head -c 20000 /dev/zero >medium; head -c 9000000 /dev/zero >large
+head -c 70000 /dev/zero | tr '\\0' x >log; echo end >>log
+"""
+
+
+FOUND: dict[str, bytes | str | None] = {
+    "small": b"small\n",
+    "nothing": None,
+    "empty": b"",
+    "directory": "can't read",
+    "link": b"small\n",
+    "twin": b"small\n",
+    "loop": "symbolic links",
+    "dangling": None,
+    "fifo": "regular file",
+    "link to fifo": "regular file",
+    "small/file": None,
+    "closed/file": _DENIED,
+    "unread": _DENIED,
+    "it's $HOME: \\ \u00fcber": b"odd\n",
+    "medium": bytes(20000),
+    "large": bytes(9_000_000),
+}
+ENDS: dict[str, bytes | str | None] = {
+    "log": b"xxxxxxend\n",
+    "directory": "can't read",
+    "link": b"small\n",
+}
+
+
+@pytest.mark.parametrize("where", ["there", "here"])
+async def test_each_for_itself(node: LoginNode, ssh: SSH, where: str) -> None:
+    """What is there comes, what isn't is None, and what can't be read says why; no FIFO is waited for."""
+    node.run(f"/bin/sh -c {shlex.quote(ODD)}")
+    whole = {name: right for name, right in FOUND.items() if where == "there" or right != _DENIED}
+    wanted = [Wanted(f"{node.home}/odd/{name}") for name in whole]
+    wanted += [Wanted(f"{node.home}/odd/{name}", last=10) for name in ENDS] + [Wanted("")]
+    transport = ssh if where == "there" else LocalShell()
+    contents = await transport.get(wanted)
+    rights = [*whole.values(), *ENDS.values(), None]
+    for file, content, right in zip(wanted, contents, rights, strict=True):
+        if isinstance(right, str):
+            assert type(content) is ht.TransportError, file
+            assert right in str(content)
+        else:
+            assert content == right, file
+
+
+async def test_many_and_large(node: LoginNode, ssh: SSH) -> None:
+    """More than fits into one archive, under names that no command line holds, comes in several."""
+    names = [f"{'n' * 200}/{'m' * 200}.{number}" for number in range(200)]
+    node.run(
+        f"mkdir -p odd/{names[0][:200]} && cd odd && for n in $(seq 0 199); do "
+        f"head -c $((n * 1000)) /dev/zero >{names[0][:-2]}.$n; done"
+    )
+    contents = await ssh.get([Wanted(f"{node.home}/odd/{name}") for name in names])
+    assert contents == [bytes(number * 1000) for number in range(200)]
+
+
+async def test_no_process_to_be_had_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that can't start a shell now may be able to later."""
+
+    async def busy(*args: object, **options: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("asyncio.create_subprocess_exec", busy)
+    with pytest.raises(LinkLost, match="can't start /bin/sh"):
+        await LocalShell().run(":", timeout=10)
