@@ -68,6 +68,13 @@ class Capture:
             return 0
         return size
 
+    def sizes(self) -> tuple[int, int]:
+        """How long each is now: what comes after is the next attempt's."""
+        stdout, stderr = (
+            os.path.getsize(path) if os.path.exists(path) else 0 for path in self.paths
+        )
+        return stdout, stderr
+
     def tails(self, starts: Sequence[int] = (0, 0)) -> tuple[str, str]:
         """The last 64 KiB of each, from `starts` on."""
         stdout, stderr = (self._tail(index, start) for index, start in enumerate(starts))

@@ -72,9 +72,9 @@ def _words(error: BaseException) -> str:
         return "(its __str__ fails)"
 
 
-def exited(job: Job[Any], exit_code: int, *streams: str) -> JobFailed:
-    """The script of `job` exited with a code other than 0."""
-    message = f"{name(job)} exited with code {exit_code}{last_lines(*streams)}"
+def exited(job: Job[Any], exit_code: int, *streams: str, hint: str = "") -> JobFailed:
+    """The script of `job` exited with a code other than 0; `hint` ends the message."""
+    message = f"{name(job)} exited with code {exit_code}{last_lines(*streams)}{hint}"
     return JobFailed(message, job=job, exit_code=exit_code)
 
 

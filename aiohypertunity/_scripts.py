@@ -111,6 +111,7 @@ class _Run:
         kept = entry.log_path
         paths = log_files(kept) if kept else map(rundir.new_path, ("stdout", "stderr"))
         self._capture = Capture([str(path) for path in paths])
+        self._starts = (0, 0) if kept is None else self._capture.sizes()
         self._mark = rundir.new_mark()
         self._process: _Process | None = None
         self._stopped = False
@@ -213,13 +214,14 @@ class _Run:
 
     async def _outcome(self, status: int) -> Outcome:
         job = self._entry.job
-        stdout, stderr = self._capture.tails()
+        stdout, stderr = self._capture.tails(self._starts)
         if self._entry.log_path is None:
             self._capture.remove()
         if status == 0 and not (self._stopped and not os.path.exists(self._output)):
             outcome = await self._result(job)
         elif status > 0 and not self._stopped:
-            error: JobError = _failures.exited(job, status, stdout, stderr)
+            hint = self._hint() if self._stumbled(stderr) else ""
+            error: JobError = _failures.exited(job, status, stdout, stderr, hint=hint)
             outcome = Outcome(Status.FAILED, error=error)
         else:
             how = {"signal": -status} if status < 0 else {"exit_code": status}
@@ -228,6 +230,24 @@ class _Run:
         outcome.exit_code, outcome.signal = (status, None) if status >= 0 else (None, -status)
         outcome.stdout, outcome.stderr = stdout, stderr
         return outcome
+
+    def _stumbled(self, stderr: str) -> bool:
+        """Whether a script says of the words that we appended to its own that it doesn't know them.
+
+        Usage messages and lines of code in tracebacks name the option, too, and say nothing about it.
+        """
+        return self._call.output_words is not None and any(
+            self._output in line
+            or ("output_file" in line and not line.lower().startswith((" ", "usage")))
+            for line in stderr.splitlines()
+        )
+
+    def _hint(self) -> str:
+        words = " ".join((*(self._call.output_words or ()), self._output))
+        return (
+            f"\naiohypertunity appended {words!r}, the path for its result, to its arguments; "
+            "meta={'output': 'env'} leaves that out"
+        )
 
     async def _result(self, job: Job[Any]) -> Outcome:
         try:

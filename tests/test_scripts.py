@@ -197,6 +197,32 @@ class TestFailures:
         assert "the reason" in str(result.error)
         assert (result.stdout, result.stderr) == ("out\n", "the reason\n")
 
+    @pytest.mark.parametrize(
+        ("text", "args", "is_told"),
+        [
+            (
+                "import argparse; p = argparse.ArgumentParser(); p.add_argument('--lr'); p.parse_args()",
+                {"lr": 1},
+                True,
+            ),
+            ("import sys; open(sys.argv[-1])", ("x",), True),
+            ("import sys; sys.exit('no such option: --output_file')", {"lr": 1}, True),
+            ("import sys; sys.exit('usage: s.py [--output_file FILE]')", {"lr": 1}, False),
+            ("import sys; sys.exit(2)", {"lr": 1}, False),
+            ("import sys; sys.exit('no such option: --output_file')", {"output_file": "x"}, False),
+            ("import sys; sys.exit('no such option: --output_file')", (), False),
+        ],
+    )
+    async def test_one_that_knows_no_output_file(
+        self, scheduler: Scheduler, tmp_path: Path, text: str, args: Any, is_told: bool
+    ) -> None:
+        """Is told what was appended to its arguments, and what leaves it out."""
+        result = await run(scheduler, script(tmp_path / "s.py", text), args)
+        assert isinstance(result.error, JobFailed)
+        assert ("aiohypertunity appended" in str(result.error)) is is_told
+        if is_told:
+            assert "meta={'output': 'env'} leaves that out" in str(result.error)
+
     async def test_a_signal(self, scheduler: Scheduler, tmp_path: Path) -> None:
         """`JobCrashed` with its number."""
         result = await run(scheduler, script(tmp_path / "s.sh", "echo last; kill -SEGV $$"))
@@ -337,6 +363,18 @@ async def test_logs_keep_everything(tmp_path: Path) -> None:
     assert result.log_path is not None
     assert (result.log_path / "stdout").stat().st_size == 200_000
     assert (result.log_path / "stderr").read_text() == "why\n"
+
+
+async def test_logs_keep_every_attempt(tmp_path: Path) -> None:
+    """One after the other; the result has what the last one said."""
+    async with Scheduler(n_parallel=1, logs=tmp_path / "logs", retries=1) as scheduler:
+        path = script(
+            tmp_path / "s.sh", 'echo x >> $1; echo $(wc -l < $1); [ "$(wc -l < $1)" = 2 ]'
+        )
+        result = await run(scheduler, path, (tmp_path / "n",))
+    assert (result.attempts, result.stdout.strip()) == (2, "2")
+    assert result.log_path is not None
+    assert (result.log_path / "stdout").read_text().split() == ["1", "2"]
 
 
 async def test_calling_a_scripts_job(tmp_path: Path) -> None:
