@@ -5,12 +5,23 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import aiohypertunity
 
 from ._slurm import Slurm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--host": {"help": "where sbatch is, as for ssh; this machine if left out"},
+    "--workdir": {"help": "a directory that the nodes see, too"},
+    "--python": {"help": "what runs callables on the nodes"},
+    "--setup": {"action": "append", "default": [], "help": "a shell line to run first"},
+    "--option": {"action": "append", "default": [], "help": "an option of sbatch: name=value"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,17 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m aiohypertunity")
+    parser.add_argument("--version", action="version", version=aiohypertunity.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="say whether Slurm can be used from here")
-    doctor.add_argument("--host", help="where sbatch is, as for ssh; this machine if left out")
-    doctor.add_argument("--workdir", help="a directory that the nodes see, too")
-    doctor.add_argument("--python", help="what runs callables on the nodes")
-    doctor.add_argument("--setup", action="append", default=[], help="a shell line to run first")
-    doctor.add_argument(
-        "--option", action="append", default=[], help="an option of sbatch: name=value"
-    )
-    given = parser.parse_args(argv)
+    for option, how in _OPTIONS.items():
+        doctor.add_argument(option, **how)
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    if words[0].partition("=")[0] in _OPTIONS:
+        meant = shlex.join(word for word in words if word != "doctor")
+        parser.error(f"the command comes first: did you mean: {parser.prog} doctor {meant}")
+    given = parser.parse_args(words)
     options = dict(option.partition("=")[::2] for option in given.option)
     try:
         slurm = Slurm(
