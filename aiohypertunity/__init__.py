@@ -1,5 +1,16 @@
 """An asyncio-native scheduler: one `async for` over every job you have.
 
+    import asyncio
+    import aiohypertunity as ht
+
+    async def main():
+        async with ht.Scheduler(n_parallel=2) as scheduler:
+            scheduler.dispatch([ht.Job(task=pow, args=(number, 2)) for number in range(5)])
+            async for result in scheduler.collect():
+                print(result.id, result.data if result.ok else result.error)
+
+    asyncio.run(main())
+
 What to run is a `Job` or a `SlurmJob`; a `Scheduler` runs it and gives back a `Result`. From the top:
 
     _errors      what can go wrong
@@ -42,6 +53,7 @@ if sys.platform == "win32":
     )
 
 if TYPE_CHECKING:
+    from . import sync as sync
     from ._errors import (
         CollectTimeout,
         HypertunityError,
@@ -108,6 +120,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "sync":
+        return importlib.import_module(".sync", __name__)
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
@@ -116,4 +130,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME_OF]
+    return [*globals(), *_HOME_OF, "sync"]

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,25 @@ def test_what_an_import_costs() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     assert loaded.stdout.split() == []
+
+
+def test_sync_is_there_without_its_own_import() -> None:
+    """`aiohypertunity.sync` is loaded when it's first asked for, and not before."""
+    code = (
+        "import sys, aiohypertunity as ht; print('sync' in dir(ht), 'aiohypertunity.sync' in sys.modules, "
+        "ht.sync.Scheduler.__module__)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["True", "False", "aiohypertunity.sync"]
+
+
+def test_help_begins_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """It runs as it stands, and comes before the map."""
+    doc = aiohypertunity.__doc__ or ""
+    assert doc.index("asyncio.run(main())") < doc.index("From the top:")
+    example = doc[doc.index("    import asyncio") : doc.index("What to run is")]
+    exec(compile(textwrap.dedent(example), "example", "exec"), {})
+    assert sorted(capsys.readouterr().out.split()[1::2]) == ["0", "1", "16", "4", "9"]
 
 
 def test_a_worker_loads_little() -> None:
