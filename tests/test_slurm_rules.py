@@ -245,7 +245,12 @@ def test_another_python() -> None:
 
 TERM = Sign(0, 0, "end", "1", 143, "TERM")
 KILL = Sign(0, 0, "end", "1", 137, "0")
+GRACEFUL = Sign(0, 0, "end", "1", 0, "TERM")
 LONG = 1000.0
+
+
+def gone(state: str) -> text.Accounted:
+    return text.Accounted(state, 0, 0, "n1", None)
 
 
 @pytest.mark.parametrize(
@@ -277,9 +282,27 @@ LONG = 1000.0
         ({"end": TERM, "state": "CANCELLED", "state_at": 1.0}, 2, Fate.CANCELLED_OUTSIDE),
         ({"end": TERM, "state": "PREEMPTED", "state_at": 1.0, "state_since": 1.0}, 2, Fate.WAIT),
         ({"end": TERM, "state": "PREEMPTED", "state_at": 1.0, "state_since": 1.0}, 9, Fate.PREEMPTED),
+        ({"end": TERM, "state": "FAILED", "state_at": 1.0}, 2, Fate.CRASHED),
+        ({"end": TERM, "stopping": True}, 1, Fate.CANCELLED),
+        ({"end": KILL, "stopping": True}, 1, Fate.CANCELLED),
         ({"end": TERM, "missing_since": 1.0}, 2, Fate.CANCELLED_OUTSIDE),
         ({"end": TERM, "missing_since": 1.0, "account_open": True}, LONG, Fate.WAIT),
+        ({"end": KILL, "missing_since": 1.0, "account": gone("CANCELLED")}, 2, Fate.CANCELLED_OUTSIDE),
+        # It was told to end, and made the best of it: Slurm knows why.
+        ({"end": GRACEFUL, "is_script": True}, LONG, Fate.WAIT),
+        ({"end": GRACEFUL, "is_script": True, "state": "PENDING", "state_at": 1.0}, LONG, Fate.WAIT),
+        ({"end": GRACEFUL, "is_script": True, "state": "COMPLETING", "state_at": 1.0}, LONG, Fate.WAIT),
+        ({"end": GRACEFUL, "is_script": True, "state": "COMPLETED", "state_at": -1.0}, LONG, Fate.WAIT),
+        ({"end": GRACEFUL, "is_script": True, "state": "COMPLETED", "state_at": 1.0}, 2, Fate.READ),
+        ({"end": GRACEFUL, "is_script": True, "state": "TIMEOUT", "state_at": 1.0}, 2, Fate.SLURM_LIMIT),
+        ({"end": GRACEFUL, "is_script": True, "state": "CANCELLED", "state_at": 1.0}, 2, Fate.CANCELLED_OUTSIDE),
+        ({"end": GRACEFUL, "is_script": True, "cancelled_at": 0.0}, 1, Fate.CANCELLED),
+        ({"end": GRACEFUL, "is_script": True, "missing_since": 1.0, "account": gone("COMPLETED")}, 2, Fate.READ),
+        ({"end": GRACEFUL, "is_script": True, "missing_since": 1.0, "account": gone("TIMEOUT")}, 2, Fate.SLURM_LIMIT),
+        ({"end": GRACEFUL, "is_script": True, "missing_since": 1.0}, 2, Fate.CANCELLED_OUTSIDE),
+        ({"end": Sign(0, 0, "end", "1", 5, "TERM"), "state": "FAILED", "state_at": 1.0}, 2, Fate.EXITED),
         # Slurm's word alone.
+        ({"state": "CANCELLED", "state_since": 0.0, "stopping": True}, 1, Fate.CANCELLED),
         ({"state": "COMPLETED", "state_since": 0.0}, 5, Fate.WAIT),
         ({"state": "COMPLETED", "state_since": 0.0}, 11, Fate.LOST),
         ({"state": "NODE_FAIL", "state_since": 0.0}, 3, Fate.WAIT),
@@ -289,7 +312,12 @@ LONG = 1000.0
         ({"state": "COMPLETING"}, LONG, Fate.WAIT),
         # Absence, which proves little.
         ({"missing_since": 0.0, "n_missing": 1, "siblings": True}, 5, Fate.WAIT),
-        ({"missing_since": 0.0, "n_missing": 2, "siblings": True}, 1, Fate.CANCELLED_OUTSIDE),
+        ({"missing_since": 0.0, "n_missing": 2, "siblings": True}, 9, Fate.WAIT),
+        ({"missing_since": 0.0, "n_missing": 2, "siblings": True}, 11, Fate.CANCELLED_OUTSIDE),
+        ({"missing_since": 0.0, "n_missing": 2, "siblings": True, "account_open": True}, 11, Fate.WAIT),
+        ({"missing_since": 0.0, "n_missing": 2, "account": gone("COMPLETED")}, 11, Fate.LOST),
+        ({"missing_since": 0.0, "n_missing": 2, "siblings": True, "stopping": True}, 1, Fate.CANCELLED),
+        ({"missing_since": 0.0, "n_missing": 1, "siblings": True, "stopping": True}, 1, Fate.WAIT),
         ({"missing_since": 0.0, "n_missing": 9}, 5, Fate.WAIT),
         ({"missing_since": 0.0, "n_missing": 9}, 11, Fate.NEVER),
         ({"missing_since": 0.0, "n_missing": 9, "n_claims": 1}, 11, Fate.LOST),

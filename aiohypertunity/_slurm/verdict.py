@@ -69,6 +69,7 @@ class Facts(NamedTuple):
         account: What the accounting says.
         account_open: Whether the accounting may still tell something.
         cancelled_at: When an scancel of ours for it was accepted.
+        stopping: Whether we want it to end, accepted or not.
     """
 
     is_script: bool
@@ -86,6 +87,12 @@ class Facts(NamedTuple):
     account: Accounted | None = None
     account_open: bool = False
     cancelled_at: float | None = None
+    stopping: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether it's we who cancelled it: Slurm may do it long before scancel says so."""
+        return self.stopping or self.cancelled_at is not None
 
 
 def judge(facts: Facts, now: float) -> Fate:
@@ -108,7 +115,7 @@ def needs_word(facts: Facts) -> bool:
     return not facts.result and (
         facts.end is not None
         or facts.missing_since is not None
-        or facts.cancelled_at is not None
+        or facts.ours
         or facts.state in ENDED
     )
 
@@ -119,35 +126,36 @@ def _by_end(facts: Facts, end: Sign, now: float) -> Fate:
         return Fate.OUR_LIMIT
     if end.why == "OOM":
         return Fate.MEMORY
-    if end.code == 0 and facts.is_script:
+    by_itself = end.why == "0" and end.code < 128
+    if by_itself and end.code == 0 and facts.is_script:
         return Fate.READ
     if now < facts.end_at + SETTLE and not facts.is_script:
         return Fate.WAIT
     if end.code == SPOOL_FAILED and not facts.is_script:
         return Fate.LOST
-    if facts.cancelled_at is not None:
+    if facts.ours:
         return Fate.CANCELLED
-    if end.why == "0" and end.code < 128:
+    if by_itself:
         return Fate.EXITED
     if end.why == "KILL":
         return Fate.CRASHED
-    return _killed(facts, end, now)
+    return _signalled(facts, end, now)
 
 
-def _killed(facts: Facts, end: Sign, now: float) -> Fate:
-    """It, or its shell, was sent a signal: only Slurm knows what for."""
+def _signalled(facts: Facts, end: Sign, now: float) -> Fate:
+    """It, or its shell, was sent a signal, whatever it made of it: only Slurm knows what for."""
     patient = now < facts.end_at + WORD_GRACE
     if facts.missing_since is not None and facts.missing_since >= facts.end_at:
         if facts.account_open:
             return Fate.WAIT
-        if facts.account is not None and facts.account.state in _FATES:
-            return _FATES[facts.account.state]
-        return _by_signal(end)
+        if facts.account is not None and facts.account.state in ENDED:
+            return _by_word(facts, end, facts.account.state)
+        return Fate.CRASHED if end.why == "0" else Fate.CANCELLED_OUTSIDE
     if facts.state_at >= facts.end_at:
         if facts.state in {"PREEMPTED", "NODE_FAIL"}:
             return _by_state(facts, facts.state, facts.state_since, now)
         if facts.state in ENDED:
-            return _FATES.get(facts.state) or _by_signal(end)
+            return _by_word(facts, end, facts.state)
         if facts.state in WAITING:
             return Fate.WAIT
     if end.why == "0" and not patient:
@@ -156,8 +164,13 @@ def _killed(facts: Facts, end: Sign, now: float) -> Fate:
     return Fate.WAIT
 
 
-def _by_signal(end: Sign) -> Fate:
-    return Fate.CRASHED if end.why == "0" else Fate.CANCELLED_OUTSIDE
+def _by_word(facts: Facts, end: Sign, state: str) -> Fate:
+    """Slurm has said how it ended; if that's no more than its exit code tells, the code tells."""
+    if state in _FATES:
+        return _FATES[state]
+    if end.code == 0 and facts.is_script:
+        return Fate.READ
+    return Fate.EXITED if end.code < 128 else Fate.CRASHED
 
 
 _FATES = {
@@ -180,24 +193,25 @@ def _by_state(facts: Facts, state: str, since: float, now: float) -> Fate:
         grace = REQUEUE_GRACE
     else:
         grace = RESULT_GRACE if fate is Fate.LOST else EXIT_GRACE
-    if facts.cancelled_at is not None and fate is not Fate.LOST:
+    if facts.ours and fate is not Fate.LOST:
         fate, grace = Fate.CANCELLED, SETTLE
     return fate if now >= since + grace else Fate.WAIT
 
 
 def _by_absence(facts: Facts, since: float, now: float) -> Fate:
     """Slurm doesn't know it any more, and its shell says nothing (yet)."""
-    if facts.cancelled_at is not None and since >= facts.cancelled_at:
+    accepted = facts.cancelled_at is not None and since >= facts.cancelled_at
+    if accepted or (facts.ours and facts.n_missing >= 2):
         return Fate.CANCELLED if now >= since + SETTLE else Fate.WAIT
     if facts.state in ENDED:
         return _by_state(facts, facts.state, facts.state_since, now)
-    if not facts.n_claims and facts.siblings and facts.n_missing >= 2:
-        # squeue forgets at once who is cancelled while pending, and nobody else.
-        return Fate.CANCELLED_OUTSIDE
     if facts.account_open:
         return Fate.WAIT
     if facts.account is not None and facts.account.state in ENDED:
         return _by_state(facts, facts.account.state, since, now)
     if now < since + RESULT_GRACE:
         return Fate.WAIT
-    return Fate.LOST if facts.n_claims else Fate.NEVER
+    if facts.n_claims:
+        return Fate.LOST
+    # squeue forgets at once who is cancelled while pending, and nobody else.
+    return Fate.CANCELLED_OUTSIDE if facts.siblings and facts.n_missing >= 2 else Fate.NEVER
