@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from helpers import script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,9 @@ from aiohypertunity._slurm.options import RESERVED, sbatch_options, seconds
 from aiohypertunity._slurm.pace import Budget, Mood, next_look
 from aiohypertunity._slurm.shell import Sign
 from aiohypertunity._slurm.verdict import Facts, Fate, judge
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # --- options -------------------------------------------------------------------------------------
 
@@ -150,23 +154,164 @@ def test_what_sbatch_says(stdout: str, wanted: str | None) -> None:
     assert text.parse_submitted(stdout) == wanted
 
 
+POLICY = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+REFUSALS = {
+    "limit": [
+        POLICY,
+        "Job violates accounting policy (job submit limit, the user's size and/or time limits)",
+        f"AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: {POLICY}",
+        f"AssocGrpSubmitJobsLimit\nsbatch: error: Batch job submission failed: {POLICY}",
+        f"QOSGrpSubmitJobsLimit\nsbatch: error: Batch job submission failed: {POLICY}",
+        "QOSMaxSubmitJobPerUserLimit",
+    ],
+    "busy": [
+        "Batch job submission failed: Socket timed out on send/recv operation",
+        "Batch job submission failed: Unable to contact slurm controller (connect failure)",
+        "Communication connection failure",
+        "Message receive failure",
+        "Unable to create job record, try again",
+        "Slurm backup controller in standby mode",
+        "Controller is in standby mode, try a different controller",
+        "Slurm temporarily unable to accept job, sleeping and retrying",
+        "Zero Bytes were transmitted or received",
+        "Unexpected missing socket error",
+    ],
+    "again": [
+        "oops",
+        "Unspecified error",
+        "I/O error writing script/environment to file",
+        "Requested operation is presently disabled",
+        "System submissions disabled",
+        "Requested nodes are busy",
+        "Invalid authentication credential",
+        "Authentication credential invalid",
+        "Protocol authentication error",
+        "Requested reservation not usable now",
+    ],
+    "never": [
+        f"QOSMaxWallDurationPerJobLimit\nsbatch: error: Batch job submission failed: {POLICY}",
+        f"AssocMaxCpuPerJobLimit\nsbatch: error: Batch job submission failed: {POLICY}",
+        f"QOSMinGRES\nsbatch: error: Batch job submission failed: {POLICY}",
+        "Invalid partition name specified",
+        "No partition specified or system default partition",
+        "Access/permission denied",
+        "User's group not permitted to use this partition",
+        "Requested nodes not in this partition",
+        "More processors requested than permitted",
+        "Node count specification invalid",
+        "Job size specification needs to be provided",
+        "Pathname of a file, directory or other parameter too long",
+        "Requested node configuration is not available",
+        "Requested partition configuration not available now",
+        "Invalid node name specified",
+        "Task distribution specification invalid",
+        "Invalid feature specification",
+        "Requested operation not supported on this system",
+        "Job dependency problem",
+        "Circular job dependency",
+        "Requested more tasks than available processors",
+        "Memory required by task is not available",
+        "Invalid account or account/partition combination specified",
+        "Job has invalid qos",
+        "Invalid qos specification",
+        "Invalid wckey specification",
+        "Invalid license specification",
+        "Requested time limit is invalid (missing or exceeds some limit)",
+        "Requested time limit exceeds partition limit",
+        "Access denied to requested reservation",
+        "Requested reservation is invalid",
+        "Required partition not available (inactive or drain)",
+        "Invalid generic resource (gres) specification",
+        "Requested account has breached requested QOS usage threshold",
+        "Invalid job array specification",
+        "Burst Buffer resource limit exceeded",
+        "Invalid Trackable RESource (TRES) specification",
+        "Requested GRES option unsupported by configured SelectType plugin",
+        "Time limit specification required, but not provided",
+        "Multiple partition job request not supported when a partition is set in the association",
+        "Job exceeds what a user may have",
+        "cli_filter plugin terminated with error",
+        "unrecognized option '--nonsense'",
+        "option '--t' is ambiguous; possibilities: '--time' '--time-min'",
+        "option '--time' requires an argument",
+    ],
+}
+
+
+@pytest.mark.parametrize("wanted", REFUSALS)
+def test_refusals(wanted: str) -> None:
+    """What time may mend is told from what it won't: all that sbatch says for itself or for slurmctld."""
+    found = {words: text.refusal(f"sbatch: error: {words}") for words in REFUSALS[wanted]}
+    assert found == dict.fromkeys(found, wanted)
+
+
+def test_noise_before_a_refusal() -> None:
+    """What a setup complains of is no word of sbatch's."""
+    noise = "bash: line 2: nvidia-smi: command not found\n"
+    assert text.refusal(f"{noise}sbatch: error: Socket timed out on send/recv operation") == "busy"
+    assert text.refusal(f"{noise}sbatch: error: oops") == "again"
+    assert text.refusal("sh: 1: sbatch: not found") == "never"
+
+
+NO_CONFIGURATION = """\
+echo 'scontrol: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host' >&2
+echo 'scontrol: error: fetch_config: DNS SRV lookup failed' >&2
+echo 'scontrol: fatal: Could not establish a configuration source' >&2
+exit 1
+"""
+NO_CONTROLLER = "echo 'slurm_load_ctl_conf error: Unable to contact slurm controller' >&2; exit 1\n"
+CONFIGURATION = """\
+echo 'KillWait                = 7 sec'
+echo 'MaxArraySize            = {}'
+echo 'SLURM_VERSION           = 22.05.8'
+"""
+
+
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("scontrol", "hopeless", "complaint", "max_array"),
     [
-        ("Batch job submission failed: Invalid partition name specified", "never"),
-        ("Batch job submission failed: Requested node configuration is not available", "never"),
-        ("Batch job submission failed: Socket timed out on send/recv operation", "again"),
-        (
-            "Batch job submission failed: Unable to contact slurm controller (connect failure)",
-            "again",
-        ),
-        ("QOSMaxSubmitJobPerUserLimit", "limit"),
-        ("oops", "again"),
+        (NO_CONFIGURATION, "this machine has sbatch, but no slurm.conf", "DNS SRV", 1000),
+        (NO_CONTROLLER, None, "Unable to contact", 1000),
+        (CONFIGURATION.format(50), None, "", 50),
+        ("echo 'plugin not found: no such file' >&2\n" + CONFIGURATION.format(50), None, "", 50),
+        (CONFIGURATION.format(0), "MaxArraySize", "", 1),
     ],
 )
-def test_refusals(words: str, wanted: str) -> None:
-    """What time may mend is told from what it won't."""
-    assert text.refusal(f"sbatch: error: {words}").replace("busy", "again") == wanted
+def test_a_site(
+    scontrol: str, hopeless: str | None, complaint: str, max_array: int, tmp_path: Path
+) -> None:
+    """A cluster that can't be used is told from one that is away, whatever is written around it."""
+    script(tmp_path / "scontrol", f"#!/bin/sh\n{scontrol}", mode=0o755)
+    script(tmp_path / "sbatch", "#!/bin/sh\n", mode=0o755)
+    stdout = answer_of(tmp_path)
+    found = text.hopeless(stdout)
+    assert (found is None) == (hopeless is None)
+    assert (hopeless or "") in (found or "")
+    assert complaint in text.complaint(stdout)
+    assert bool(complaint) == bool(text.complaint(stdout))
+    site = text.parse_site(stdout)
+    assert site.max_array == max_array
+    assert site.kill_wait == (7 if "KillWait" in scontrol else 30)
+
+
+def test_no_site(tmp_path: Path) -> None:
+    """No sbatch, and a configuration that isn't there, are said in plain words."""
+    assert "no sbatch on PATH" in str(text.hopeless(answer_of(tmp_path)))
+    script(tmp_path / "sbatch", "#!/bin/sh\n", mode=0o755)
+    assert text.hopeless(answer_of(tmp_path)) is None
+    assert "/no/where can't be read" in str(text.hopeless(answer_of(tmp_path, "/no/where")))
+
+
+def answer_of(path: Path, conf: str = "") -> str:
+    noise = "echo 'MaxArraySize = 3'; echo 'bash: nvidia-smi: command not found' | tee /dev/stderr"
+    command = f"{noise}\n{text.SITE_COMMAND}"
+    env = {
+        "PATH": f"{path}:/usr/bin:/bin" if (path / "scontrol").exists() else f"{path}",
+        "SLURM_CONF": conf,
+    }
+    return subprocess.run(
+        ["/bin/sh", "-c", command], capture_output=True, text=True, env=env, check=False
+    ).stdout
 
 
 def test_accounts() -> None:

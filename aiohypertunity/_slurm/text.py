@@ -43,20 +43,26 @@ def parse_submitted(stdout: str) -> str | None:
     return found[-1] if found else None
 
 
+# Before the general words on a policy Slurm may say which: that of a job's own size won't change.
+_TOO_MUCH = re.compile(r"\b(?:QOS|Assoc)(?!\w*Submit)\w+")
+_LIMIT = re.compile(
+    r"submit limit|MaxSubmit|GrpSubmit|MaxJobCount|too many jobs|job count", re.IGNORECASE
+)
 # Words of sbatch that time may mend: slurmctld is away, busy, or has enough of us for now.
 _TRANSIENT = re.compile(
     r"timed out|unable to contact|connection refused|connection reset|communication|connect failure"
-    r"|zero bytes|transport endpoint|temporar|try again|slurm_receive|slurm_send|backup controller"
+    r"|zero bytes|zero length|transport endpoint|temporar|try again|slurm_receive|slurm_send"
+    r"|backup controller|message (send|receive) failure|missing socket|entire message"
     r"|error receiving|invalid protocol|munge|broken pipe|controller.*(busy|standby)",
     re.IGNORECASE,
 )
-_LIMIT = re.compile(
-    r"submit limit|MaxSubmit|AssocMaxSubmit|QOSMaxSubmit|MaxJobCount|too many jobs|job count",
-    re.IGNORECASE,
-)
 _DEFINITE = re.compile(
-    r"invalid|unrecognized option|not available|violates|not permitted|denied|not a batch script"
-    r"|specification|more processors|unsupported|must specify|too large|exceed|isn't|not found",
+    # A credential is also refused while munged is restarted.
+    r"(?<!credential )invalid(?! (authentication|job) credential)|unrecognized option"
+    r"|requires an argument|ambiguous|not available|violates|not permitted|denied|specification"
+    r"|(not|no partition) specified|not supported|unsupported|not a batch script|look like a batch"
+    r"|script is empty|more (processors|tasks)|must specify|too (large|long)|exceed|breached|isn't"
+    r"|not in this partition|not found|dependency|cli_filter",
     re.IGNORECASE,
 )
 
@@ -64,10 +70,16 @@ _DEFINITE = re.compile(
 def refusal(words: str) -> str:
     """What is to be made of the words of an sbatch that failed.
 
+    Args:
+        words: Its stderr. Where some lines have the command's name before them, they alone count.
+
     Returns:
-        "limit": it holds as many jobs of ours as it will. "never": what was asked can't be had.
-        "busy": time will mend it. "again": nobody knows.
+        "limit": it holds as many jobs of ours as it will, perhaps. "never": what was asked can't be
+        had. "busy": time will mend it. "again": nobody knows.
     """
+    words = "\n".join(re.findall(r"^s(?:batch|cancel): .*", words, re.MULTILINE)) or words
+    if _TOO_MUCH.search(words):
+        return "never"
     if _LIMIT.search(words):
         return "limit"
     if _TRANSIENT.search(words):
@@ -279,25 +291,62 @@ class Site(NamedTuple):
     accounting: bool = False
 
 
-SITE_COMMAND = """\
-command -v sbatch >/dev/null || echo 'there is no sbatch on PATH' >&2
-scontrol show config"""
+# Between marks of ours: what a setup or a shell's own files write is none of our business.
+_MARK = "aiohypertunity-site:"
+SITE_COMMAND = f"""\
+echo '{_MARK} begin'
+command -v sbatch >/dev/null || echo '{_MARK} no sbatch'
+ht_words= ht_code=0
+if [ -n "${{SLURM_CONF-}}" ] && [ ! -r "$SLURM_CONF" ]; then
+    # Slurm's own commands would wait a minute for it.
+    echo "{_MARK} no $SLURM_CONF"
+    ht_code=1
+else
+    {{ ht_words=$(scontrol show config 2>&1 >&3) || ht_code=$?; }} 3>&1
+fi
+echo '{_MARK} words'
+echo "$ht_words"
+echo "{_MARK} $ht_code"
+(exit "$ht_code")"""
 
-_HOPELESS = re.compile(
-    r"no sbatch|not found|establish a configuration source|unable to process configuration|no such file",
+_NO_CONFIGURATION = re.compile(
+    r"establish a configuration source|resolve_ctls_from_dns_srv|unable to process configuration"
+    r"|s_p_parse_file",
     re.IGNORECASE,
 )
+_DOCTOR = "try `python -m aiohypertunity doctor`"
 
 
-def hopeless(stderr: str) -> str | None:
-    """Why Slurm can't be used at all, in its words; None if it can, or if time may mend it."""
-    return last_words(stderr) if _HOPELESS.search(stderr) else None
+def hopeless(stdout: str) -> str | None:
+    """Why Slurm can't be used at all, by the answer to `SITE_COMMAND`; None if it can, or if time may mend it."""
+    if f"{_MARK} no sbatch" in stdout:
+        return f"there is no sbatch on PATH: Slurm(setup=...) takes shell lines that put it there; {_DOCTOR}"
+    if f"{_MARK} no " in stdout:
+        path = stdout.partition(f"{_MARK} no ")[2].partition("\n")[0]
+        return f"SLURM_CONF={path} can't be read; {_DOCTOR}"
+    words = complaint(stdout)
+    if _NO_CONFIGURATION.search(words):
+        return f"this machine has sbatch, but no slurm.conf: is it a login node? {_DOCTOR} ({last_words(words)})"
+    if _config(stdout).get("MaxArraySize") == "0":
+        return "it takes no job arrays (MaxArraySize is 0 in its slurm.conf), and all jobs are submitted as such"
+    return None
+
+
+def complaint(stdout: str) -> str:
+    """What scontrol complained of in the answer to `SITE_COMMAND`; empty if it did its work."""
+    words, _, code = stdout.partition(f"{_MARK} words\n")[2].partition(f"{_MARK} ")
+    return "" if code.strip().startswith("0") else words.strip()
+
+
+def _config(stdout: str) -> dict[str, str]:
+    answer = stdout.partition(f"{_MARK} begin\n")[2].partition(f"{_MARK} words\n")[0]
+    pairs = (line.partition("=") for line in answer.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def parse_site(stdout: str) -> Site:
-    """What `scontrol show config` says; what it doesn't is as Slurm has it by default."""
-    pairs = (line.partition("=") for line in stdout.splitlines())
-    config = {name.strip(): value.strip() for name, _, value in pairs}
+    """What the answer to `SITE_COMMAND` tells; what it doesn't is as Slurm has it by default."""
+    config = _config(stdout)
 
     def number(name: str, default: float) -> float:
         match = re.match(r"\d+", config.get(name, ""))
@@ -307,7 +356,7 @@ def parse_site(stdout: str) -> Site:
     return Site(
         version=config.get("SLURM_VERSION", ""),
         # The top index is one less than this, and the first is 0.
-        max_array=int(number("MaxArraySize", default.max_array)),
+        max_array=max(int(number("MaxArraySize", default.max_array)), 1),
         message_timeout=number("MessageTimeout", default.message_timeout),
         kill_wait=number("KillWait", default.kill_wait),
         accounting="slurmdbd" in config.get("AccountingStorageType", ""),
