@@ -36,9 +36,10 @@ from ._results import Outcome, Result, Status
 from ._rundir import RunDirectory
 from ._scripts import Scripts
 from ._streams import EventStream
-from ._threads import in_thread
+from ._threads import in_thread, start_thread
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from types import TracebackType
     from typing import Self
 
@@ -178,7 +179,7 @@ class Scheduler:
         try:
             if self._backend != "isolated":
                 await in_thread(check_backend, self._backend, self._n_parallel)
-            self._rundir = await in_thread(RunDirectory)
+            self._rundir = await _make_rundir()
         except BaseException:
             self._is_closed = True
             raise
@@ -742,6 +743,20 @@ def _running_loop() -> asyncio.AbstractEventLoop:
             "no asyncio loop is running here: aiohypertunity runs on asyncio and uvloop, not on trio; "
             "in a plain script, in a thread or under trio use aiohypertunity.sync.Scheduler"
         ) from None
+
+
+async def _make_rundir() -> RunDirectory:
+    making = start_thread(RunDirectory)
+    try:
+        return await asyncio.wrap_future(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(_close_unused)
+        raise
+
+
+def _close_unused(made: Future[RunDirectory]) -> None:
+    if made.exception() is None:
+        made.result().close()
 
 
 def _slots(n_parallel: int | None) -> int:

@@ -385,7 +385,8 @@ async def exit_status(process: subprocess.Popen[bytes]) -> int:
         descriptor = os.pidfd_open(process.pid)
     except (AttributeError, OSError):
         # Not in one of our few threads: it lasts as long as the worker does.
-        return await in_thread(process.wait, limiter=anyio.CapacityLimiter(1))
+        waiting = anyio.CapacityLimiter(1)
+        return await in_thread(process.wait, limiter=waiting, endless=True)
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_reader(descriptor, ended.set)

@@ -8,7 +8,9 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from helpers import (
     wait_until,
 )
 
-from aiohypertunity import Job, Scheduler, Status, _rundir
+from aiohypertunity import Job, Scheduler, Status, _rundir, _scheduler
 
 DRIVER = """
     import asyncio, os, signal, sys
@@ -162,6 +164,29 @@ def test_a_loop_that_is_simply_dropped() -> None:
     wait_until(lambda: not os.path.exists(directory), 2)
 
 
+def test_a_loop_that_never_ends(tmp_path: Path) -> None:
+    """In `python -m asyncio`, as in a notebook, nobody closes the scheduler or the loop: it ends all the same."""
+    text = f"""
+        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import tasks
+        from aiohypertunity import Job, Scheduler
+        scheduler = await Scheduler(n_parallel=1).start()
+        handle = scheduler.dispatch(Job(tasks.announce, args=({str(tmp_path / "pid")!r},)))[0]
+        await handle.wait_started()
+        """
+    done = subprocess.run(
+        [sys.executable, "-m", "asyncio"],
+        input=textwrap.dedent(text),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert "Traceback" not in done.stderr
+    pid = number_in(tmp_path / "pid")
+    wait_until(lambda: not is_alive(pid), 2)
+
+
 @pytest.mark.anyio
 class TestLeavingTheBlock:
     """`on_exit`, and errors."""
@@ -218,6 +243,23 @@ class TestLeavingTheBlock:
                 scope.cancel()
         assert scope.cancelled_caught or handle.done()
         assert not is_alive(pid)
+
+    async def test_a_start_that_is_cancelled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What it had begun to make is removed once it's made."""
+        made = []
+
+        class Noted(_rundir.RunDirectory):
+            def __init__(self) -> None:
+                super().__init__()
+                made.append(self)
+
+        monkeypatch.setattr(_scheduler, "RunDirectory", Noted)
+        starting = asyncio.ensure_future(Scheduler(n_parallel=1).start())
+        await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        await until(lambda: made and not any(map(os.path.exists, made[0].buffer_directories)))
 
     async def test_nothing_is_left(self, tmp_path: Path) -> None:
         """No process that carries our mark, no directory, no file."""
