@@ -10,6 +10,7 @@ On purpose different from the async one: `collect` returns a list, in the order 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import (
     AsyncIterable,
@@ -21,11 +22,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import Future, InvalidStateError
+from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 import anyio
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.from_thread import BlockingPortal
 
 from . import _handles, _scheduler
 
@@ -225,11 +228,12 @@ class Scheduler:
             OSError: There's no room for its directory in the temporary directory.
             RuntimeError: It was started before.
         """
-        with contextlib.ExitStack() as stack:
+        try:
             self._portal.open()
-            stack.callback(self._portal.close)
             self._portal.call(self._scheduler.start)
-            stack.pop_all()
+        except BaseException:
+            self._portal.close()
+            raise
         return self
 
     def close(self) -> None:
@@ -335,12 +339,58 @@ class Scheduler:
         return iter(lambda: self._portal.call(_next, stream), None)
 
 
+class _LoopThread:
+    """A loop in a thread of its own. It can be closed whatever its start has come to."""
+
+    def __init__(self) -> None:
+        self._ready: Future[BlockingPortal] = Future()
+        self._thread = threading.Thread(
+            target=Context().run,
+            args=(_serve, self._ready),
+            name="aiohypertunity-loop",
+            daemon=True,
+        )
+
+    def start(self) -> None:
+        """Starts it, and waits until it can be called."""
+        self._thread.start()
+        self._ready.result()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls a function there and waits; interrupted, it cancels the call."""
+        future = self._ready.result().start_task_soon(function, *args)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Ends it, and waits for its end; where its start was interrupted, it ends by itself."""
+        if not self._ready.cancel() and self._ready.exception() is None:
+            portal = self._ready.result()
+            portal.start_task_soon(portal.stop)
+            self._thread.join()
+
+
+def _serve(ready: Future[BlockingPortal]) -> None:
+    async def serve() -> None:
+        async with BlockingPortal() as portal:
+            ready.set_result(portal)  # raises, and ends it, if nobody waits for it any more
+            await portal.sleep_until_stopped()
+
+    try:
+        anyio.run(serve)
+    except BaseException as error:
+        with contextlib.suppress(InvalidStateError):
+            ready.set_exception(error)
+
+
 class _Portal:
     """The way into the scheduler's loop: its thread while it runs, another one for a moment afterwards."""
 
     def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
-        self._portal: BlockingPortal | None = None
+        self._thread: _LoopThread | None = None
         self.loans: list[tuple[_handles.Collector[Any], deque[Entry]]] = []
 
     def reclaim(self) -> None:
@@ -355,12 +405,14 @@ class _Portal:
 
     def open(self) -> None:
         """Starts the thread."""
-        self._portal = self._stack.enter_context(start_blocking_portal())
+        self._thread = _LoopThread()
+        self._thread.start()
 
     def close(self) -> None:
         """Ends the thread."""
-        self._portal = None
-        self._stack.close()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.close()
 
     @overload
     def call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T: ...
@@ -368,15 +420,11 @@ class _Portal:
     def call(self, function: Callable[..., T], *args: Any) -> T: ...
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function there and waits; interrupted, it cancels the call."""
-        if self._portal is None:
-            with start_blocking_portal() as portal:
-                return portal.call(function, *args)
-        future = self._portal.start_task_soon(function, *args)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        if self._thread is not None:
+            return self._thread.call(function, *args)
+        with contextlib.closing(_LoopThread()) as thread:
+            thread.start()
+            return thread.call(function, *args)
 
 
 def _collect(
@@ -418,12 +466,11 @@ class _Stream(Generic[T]):
 
     def __next__(self) -> Result[T]:
         while True:
-            try:
+            with contextlib.suppress(IndexError):
                 return cast("Result[T]", self._taken.popleft().result)
-            except IndexError:
-                if self._over:
-                    raise StopIteration from None
-                self._portal.call(self._take)
+            if self._over:
+                raise StopIteration
+            self._portal.call(self._take)
 
     async def _take(self) -> None:
         self._portal.reclaim()

@@ -360,6 +360,63 @@ def test_ctrl_c_ends_a_script(tmp_path: Path, n_times: int) -> None:
     assert "tasks.py" not in stderr
 
 
+def test_ctrl_c_at_any_point_of_the_start() -> None:
+    """Wherever it strikes, in our own code or in AnyIO's, the start ends with it; and so does the script."""
+    text = """
+        import sys
+        from aiohypertunity.sync import Scheduler
+
+        def is_interrupted_at(point):
+            def trace(frame, event, _):
+                nonlocal point
+                if not frame.f_code.co_filename.endswith(("sync.py", "from_thread.py", "contextlib.py")):
+                    return None
+                point -= event == "line"
+                if point < 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+                return trace
+
+            scheduler = Scheduler(n_parallel=1)
+            sys.settrace(trace)
+            try:
+                scheduler.start()
+            except KeyboardInterrupt:
+                return True
+            finally:
+                sys.settrace(None)
+            scheduler.close()
+            return False
+
+        point = 0
+        while is_interrupted_at(point):
+            point += 1
+        print(point > 9)
+        """
+    with driver(text) as process:
+        assert process.communicate(timeout=PATIENCE) == ("True\n", "")
+
+
+def test_ctrl_c_in_a_stream() -> None:
+    """Its traceback tells of nothing else."""
+    text = """
+        from aiohypertunity import Job
+        from aiohypertunity.sync import Scheduler
+        import time
+        with Scheduler(n_parallel=1) as scheduler:
+            scheduler.dispatch(Job(time.sleep, args=(600,)))[0].wait_started()
+            stream = scheduler.stream()
+            print("streaming", flush=True)
+            next(stream)
+        """
+    with driver(text) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "streaming\n"
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=PATIENCE)
+    assert stderr.count("Traceback") == 1
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_in_a_real_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start in one cell, use it in others, close it in the last; functions defined in cells."""
