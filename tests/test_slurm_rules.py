@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from aiohypertunity import SlurmJob
 from aiohypertunity._slurm import node, shell, spool, text
 from aiohypertunity._slurm.options import RESERVED, sbatch_options, seconds
 from aiohypertunity._slurm.pace import Budget, Mood, next_look
+from aiohypertunity._slurm.report import Ending, report
 from aiohypertunity._slurm.shell import Sign
 from aiohypertunity._slurm.verdict import Facts, Fate, judge
 
@@ -33,6 +35,67 @@ def test_our_own_options_are_refused_by_name(name: str) -> None:
         SlurmJob(len, ([],), meta={"options": {name: "x"}})
     with pytest.raises(ValueError, match="can't be set"):
         ht.Slurm(options={name.replace("-", "_"): "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("commen", "comment"), ("out", "output"), ("job_nam", "job-name"), ("cluster", "clusters"),
+        ("wai", "wait"), ("open", "open-mode"), ("no-req", "no-requeue"), ("requ", "requeue"),
+    ],
+)  # fmt: skip
+def test_abbreviations_of_our_own_options_are_refused(name: str, wanted: str) -> None:
+    """sbatch takes the beginning of an option's name for it: so don't we."""
+    with pytest.raises(ValueError, match=f"would take it for '{wanted}'"):
+        SlurmJob(len, ([],), meta={"options": {name: "x"}})
+
+
+def test_names_that_only_look_like_abbreviations() -> None:
+    """Options whose names begin as others' do are their own."""
+    names = (
+        "time",
+        "time-min",
+        "mem",
+        "gpus",
+        "gpus-per-node",
+        "nodes",
+        "export",
+        "exclude",
+        "wait-all-nodes",
+    )
+    SlurmJob(len, ([],), meta={"options": dict.fromkeys(names, "1")})
+
+
+@pytest.mark.parametrize(
+    ("for_all", "for_job", "wanted"),
+    [
+        ({}, {}, True),
+        ({"requeue": False}, {}, False),
+        ({"no-requeue": True}, {}, False),
+        ({"no_requeue": False}, {}, True),
+        ({"requeue": False, "no-requeue": True}, {}, False),
+        ({"requeue": False}, {"requeue": True}, True),
+        ({"no-requeue": True}, {"requeue": True}, True),
+        ({"requeue": True}, {"no_requeue": True}, False),
+        ({"requeue": False}, {"requeue": None}, True),
+        ({"requeue": False, "no-requeue": None}, {}, False),
+    ],
+)
+def test_requeue_is_always_said(
+    for_all: dict[str, Any], for_job: dict[str, Any], wanted: bool
+) -> None:
+    """Exactly one of requeue and no-requeue is given, and the job's own word counts."""
+    said = [o for o in sbatch_options(for_all, for_job, {}) if "requeue" in o]
+    assert said == ["--requeue" if wanted else "--no-requeue"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"requeue": "no"}, {"requeue": True, "no-requeue": True}, {"no_requeue": 5}]
+)
+def test_impossible_words_on_requeue(options: dict[str, Any]) -> None:
+    """Both at once, or neither, is refused when the job is made."""
+    with pytest.raises((TypeError, ValueError), match="requeue"):
+        SlurmJob(len, ([],), meta={"options": options})
 
 
 @pytest.mark.parametrize(
@@ -493,6 +556,47 @@ def test_an_unknown_state_is_never_an_end() -> None:
             judge(Facts(is_script=False, state=state, state_at=5.0, state_since=5.0), 1e6)
             is Fate.WAIT
         )
+
+
+# --- what is said of it ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("meta", "options"),
+    [
+        ({"options": {"time": "1:30"}}, ()),
+        ({"resources": {"time": "1:30"}}, ()),
+        ({}, ("--partition=a", "--time=1:30")),
+    ],
+)
+def test_a_limit_is_named_however_it_was_asked_for(
+    meta: dict[str, Any], options: tuple[str, ...]
+) -> None:
+    """A time limit is known whether a resource, an option, or an option for all jobs asked for it."""
+    job = SlurmJob(len, ([],), meta=meta)
+    ending = Ending("7_0", end=TERM, elapsed=95.0, started=True, options=options)
+    for fate in (Fate.SLURM_LIMIT, Fate.CANCELLED_OUTSIDE):
+        outcome = report(job, fate, ending)
+        assert isinstance(outcome.error, ht.JobTimeout)
+        assert "its time limit (1:30)" in str(outcome.error)
+    early = report(job, Fate.CANCELLED_OUTSIDE, dataclasses.replace(ending, elapsed=10.0))
+    assert isinstance(early.error, ht.JobCancelled)
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("DependencyNeverSatisfied", ": its dependency (afterok:5) can never be met"),
+        ("Dependency", "somebody did it, or its dependency (afterok:5)"),
+        ("Priority", "not by this scheduler"),
+    ],
+)
+def test_a_dependency_that_cannot_be_met(reason: str, words: str) -> None:
+    """Slurm cancels a job whose dependency can't be met: the error names that, and nobody's hand."""
+    job = SlurmJob(len, ([],), meta={"options": {"dependency": "afterok:5"}})
+    outcome = report(job, Fate.CANCELLED_OUTSIDE, Ending("7_0", state="CANCELLED", reason=reason))
+    assert isinstance(outcome.error, ht.JobCancelled)
+    assert words in str(outcome.error)
 
 
 # --- when to look --------------------------------------------------------------------------------

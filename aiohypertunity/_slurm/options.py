@@ -24,6 +24,8 @@ RESERVED = {
     "clusters": "one cluster is asked; set SLURM_CONF for another",
 }
 
+_REQUEUE = ("requeue", "no-requeue")
+
 _OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*\Z")
 _SHORT = re.compile(r"[A-Za-z]\Z")
 _GPU = re.compile(r"(?:[\w.-]+:)?\d+\Z")
@@ -52,12 +54,19 @@ def check_options(options: object, what: str = "meta['options']") -> None:
             )
         if long in RESERVED:
             raise ValueError(f"{what}[{name!r}] can't be set: {RESERVED[long]}")
+        # As getopt_long(3) does; no option of sbatch has a name that one of these begins with.
+        for full in (*RESERVED, *_REQUEUE):
+            if full != long and full.startswith(long):
+                raise ValueError(f"{what}[{name!r}]: sbatch would take it for {full!r}")
         if value is not None and not isinstance(value, str | int | float | os.PathLike):
             raise TypeError(
                 f"{what}[{name!r}]={value!r}: must be a string, a number, True, or None"
             )
         if "\n" in str(value) or "\0" in str(value):
             raise ValueError(f"{what}[{name!r}]={value!r}: must be one line")
+        if long in _REQUEUE and value is not None and not isinstance(value, bool):
+            raise TypeError(f"{what}[{name!r}]={value!r}: must be True, False, or None")
+    _said_requeue(options, what)
 
 
 def option_name(name: str) -> str:
@@ -120,11 +129,23 @@ def sbatch_options(
     """The options of a job on the command line of sbatch: what is nearer to the job wins."""
     options = {option_name(name): value for name, value in (*for_all.items(), *for_job.items())}
     options.update(_resource_options(resources))
-    if options.get("requeue") is None and options.get("no-requeue") is None:
-        # Slurm's own default is a site's: never leave it open.
-        options["requeue"] = True
+    # Slurm's own default is a site's: never leave it open.
+    said = (_said_requeue(level) for level in (for_job, for_all))
+    requeue = next((answer for answer in said if answer is not None), True)
+    options.update({"requeue": requeue, "no-requeue": not requeue})
     options["kill-on-invalid-dep"] = "yes"
     return tuple(_option(name, value) for name, value in sorted(options.items()) if is_on(value))
+
+
+def _said_requeue(options: Mapping[str, Any], what: str = "options") -> bool | None:
+    """Whether a job is to be requeued, as far as these options say it."""
+    named = {option_name(name): value for name, value in options.items()}
+    if not any(name in named for name in _REQUEUE):
+        return None
+    yes, no = (named.get(name) for name in _REQUEUE)
+    if yes is not None and yes is no:
+        raise ValueError(f"{what}: requeue and no-requeue are both {yes}")
+    return no is not True if yes is None else bool(yes)
 
 
 def is_on(value: object) -> bool:

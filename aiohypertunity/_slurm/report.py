@@ -19,7 +19,7 @@ from .._errors import (
     TransportError,
 )
 from .._results import Outcome, Status
-from .options import seconds
+from .options import sbatch_options, seconds
 from .text import ENDED
 from .verdict import Fate
 
@@ -46,6 +46,7 @@ class Ending:
         lost: Why there's no readable result.
         started: Whether it ever began to run.
         is_script: Whether it's a script.
+        options: What sbatch was given for it; if empty, what the job itself asks for is taken.
     """
 
     slurm_id: str | None = None
@@ -60,6 +61,7 @@ class Ending:
     lost: str = "none was there"
     started: bool = False
     is_script: bool = False
+    options: tuple[str, ...] = ()
 
     @property
     def code(self) -> int | None:
@@ -115,8 +117,16 @@ def waited_too_long(job: Job[Any], reason: str, slurm_id: str | None) -> Outcome
 
 
 def _reached_limit(job: Job[Any], ending: Ending) -> bool:
-    limit = seconds(str((job.meta or {}).get("resources", {}).get("time", "")))
+    limit = seconds(_asked(job, ending, "time"))
     return limit is not None and ending.elapsed is not None and ending.elapsed >= limit - 1
+
+
+def _asked(job: Job[Any], ending: Ending, name: str) -> str:
+    """What was asked of sbatch by this option, or ""."""
+    meta = job.meta or {}
+    own = sbatch_options({}, meta.get("options", {}), meta.get("resources", {}))
+    given = (option.partition("=") for option in ending.options or own)
+    return next((value for option, _, value in given if option == f"--{name}"), "")
 
 
 def _where(job: Job[Any], ending: Ending) -> str:
@@ -160,7 +170,7 @@ def _our_limit(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
 
 
 def _slurm_limit(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
-    asked = (job.meta or {}).get("resources", {}).get("time")
+    asked = _asked(job, ending, "time")
     limit = f"its time limit ({asked})" if asked else "the time limit of its partition"
     message = (
         f"{_where(job, ending)} ran longer than {limit}, and Slurm ended it: ask for more by "
@@ -170,7 +180,7 @@ def _slurm_limit(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
 
 
 def _memory(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
-    asked = (job.meta or {}).get("resources", {}).get("memory")
+    asked = _asked(job, ending, "mem")
     had = f"the {asked} that it asked for" if asked else "what a job gets that asks for none"
     used = ending.account.max_rss if ending.account else None
     most = f" (it was seen to use {used / (1 << 20):.0f} MiB)" if used else ""
@@ -200,10 +210,21 @@ def _cancelled(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
 
 
 def _cancelled_outside(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    if _asked(job, ending, "dependency") and "Dependency" in ending.reason and not ending.started:
+        return _unmet(job, ending)
     when = "while it ran" if ending.started else "before it ran"
     message = (
         f"{_where(job, ending)} was cancelled {when}, and not by this scheduler{_words(ending)}"
     )
+    return Status.CANCELLED, JobCancelled(message, job=job)
+
+
+def _unmet(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    what = f"its dependency ({_asked(job, ending, 'dependency')}) can never be met"
+    if ending.reason != "DependencyNeverSatisfied":
+        # It was last seen waiting for another.
+        what = f"somebody did it, or {what}"
+    message = f"{_where(job, ending)} was cancelled before it ran: {what}{_words(ending)}"
     return Status.CANCELLED, JobCancelled(message, job=job)
 
 

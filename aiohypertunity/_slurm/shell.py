@@ -228,7 +228,7 @@ ht_begun=$ht_up
 trap 'ht_ended $?' EXIT
 # Slurm's cgroups give a signal to the shell alone, unless it's KILL.
 trap 'ht_why=TERM; ht_kill TERM' TERM
-trap 'ht_why=USR2; [ -z "$ht_child" ] || kill -s USR2 "$ht_child"' USR2
+trap '[ -z "$ht_child" ] || kill -s USR2 "$ht_child"' USR2
 trap 'ht_why=TIME' ALRM
 cd || cd /
 """
@@ -259,7 +259,7 @@ class Sign(NamedTuple):
         array: The array's id, for "on" and "end": it tells what sbatch may have kept to itself.
         node: For "on".
         code: The child's exit code, as the shell has it; for "end".
-        why: What was signalled to the shell before: "TERM", "USR2", "TIME" (our own limit). Or why the
+        why: What was signalled to the shell before: "TERM", "TIME" (our own limit). Or why the
             child was killed: "OOM" for memory, "KILL" surely not for memory. Or "0".
     """
 

@@ -62,7 +62,7 @@ _DEFINITE = re.compile(
     r"|requires an argument|ambiguous|not available|violates|not permitted|denied|specification"
     r"|(not|no partition) specified|not supported|unsupported|not a batch script|look like a batch"
     r"|script is empty|more (processors|tasks)|must specify|too (large|long)|exceed|breached|isn't"
-    r"|not in this partition|not found|dependency|cli_filter",
+    r"|not in this partition|not found|dependency|cli_filter|already completing",
     re.IGNORECASE,
 )
 
