@@ -36,6 +36,7 @@ class Arbiter:
         self._cluster = cluster
         self._state = state
         self._accounting = accounting
+        self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
         while True:
@@ -64,35 +65,42 @@ class Arbiter:
         if element.done or element.reading:
             self._state.suspects.discard(element)
             return False
-        now = self._cluster.now()
-        waits = self._check_turn(element, now)
         if element.submission is None or element.submission.array is None:
-            if not waits:
-                self._state.suspects.discard(element)
+            self._state.suspects.discard(element)
             return False
         facts = element.facts(accounting=self._accounting.answers())
-        fate = judge(facts, now)
+        fate = judge(facts, self._cluster.now())
         if fate is not Fate.WAIT:
             element.reading = True
             self._state.endings.append((element, fate))
             self._state.ended.set()
-        elif not waits and not needs_word(facts):
+        elif not needs_word(facts):
             self._state.suspects.discard(element)
         return fate is Fate.WAIT and needs_word(facts)
 
-    def _check_turn(self, element: Element, now: float) -> bool:
-        """Whether it waits for its turn, and has a limit to it. Over the limit it is cancelled."""
-        limit: float | None = getattr(element.entry.job, "queue_timeout", None)
-        if limit is None or element.claims or element.stopping:
-            return False
-        if now < element.queued_at + limit:
-            return True
-        if element.submission is None and element in self._state.queue:
+    def limit_turn(self, element: Element, limit: float) -> None:
+        """It's to be taken out of the queue if its turn doesn't come in time.
+
+        Args:
+            element: Which.
+            limit: Seconds on the cluster's clock.
+        """
+        self._loop.call_later(limit, self._check_turn, element, element.queued_at + limit)
+
+    def _check_turn(self, element: Element, until: float) -> None:
+        if element.claims or element.stopping or element.done:
+            return
+        left = until - self._cluster.now()
+        if left > 0:
+            self._loop.call_later(left, self._check_turn, element, until)
+            return
+        words = element.reason or ""
+        outcome = report.waited_too_long(element.entry.job, words, element.slurm_id)
+        if element in self._state.queue:
             self._state.queue.remove(element)
-            self._state.finish(
-                element, report.waited_too_long(element.entry.job, element.reason, None)
-            )
-        elif not element.expired:
+            self._state.finish(element, outcome)
+        elif element.slurm_id is None:
+            self._state.let_go(element, outcome)
+        else:
             element.expired = True
             self._state.cancel(element)
-        return True

@@ -41,26 +41,28 @@ class Canceller:
         self._cluster = cluster
         self._state = state
         self._loop = asyncio.get_running_loop()
+        # Who leaves doesn't wait for a link that is down.
+        self.is_leaving = False
 
     async def run(self) -> None:
         while True:
             await self._state.cancelling.wait()
             await asyncio.sleep(_SETTLE)
             self._state.cancelling.clear()
-            ready = [e for e in self._state.cancels if e.slurm_id is not None and not e.done]
+            known = {e for e in self._state.cancels if e.slurm_id is not None}
+            ready = [e for e in self._state.cancels if e in known and _is_to_end(e)]
             self._state.cancels = {
-                e: None for e in self._state.cancels if e.slurm_id is None and not e.done
+                e: None for e in self._state.cancels if e not in known and _is_to_end(e)
             }
             twins = set(self._state.twins)
-            late = [e for e in ready if e.expired and not e.stopping]
-            now = [e for e in ready if not e.expired or e.stopping]
+            late = [e for e in ready if _may_still_run(e)]
+            now = [e for e in ready if not _may_still_run(e)]
             if now or twins:
                 if await self._scancel(now, text.cancel_command(*self._whole(now, twins))):
                     self._state.twins -= twins
                 elif twins:
                     self._loop.call_later(_AGAIN, self._state.cancelling.set)
             if late:
-                # One that has just begun to run had its turn.
                 command = text.cancel_command(_keys(late))
                 await self._scancel(late, f"{command} --state=PENDING")
 
@@ -89,7 +91,9 @@ class Canceller:
             accepted = done.exit_status == 0 or text.refusal(done.stderr) == "never"
         for element in elements:
             if accepted:
-                element.cancelled_at = self._cluster.now()
+                element.disowned = False
+                if element.stopping or not element.claims:
+                    element.cancelled_at = self._cluster.now()
             self._state.suspect(element)
         # Once more, if they are still there when they should long be gone.
         pause = self._cluster.site.kill_wait + 10 if accepted else _AGAIN
@@ -98,18 +102,34 @@ class Canceller:
 
     def _cancel_again(self, elements: list[Element]) -> None:
         for element in elements:
-            if not element.done and (element.stopping or not element.claims):
+            if _is_to_end(element) and not (_may_still_run(element) and element.claims):
                 self._state.cancel(element)
 
     def let_go_in_time(self, element: Element) -> None:
         """Nobody is to wait for ever for Slurm to say that it's gone."""
-        self._loop.call_later(_GONE_WITHIN + self._cluster.site.kill_wait, self._let_go_of, element)
+        patience = _GONE_WITHIN + self._cluster.site.kill_wait
+        self._loop.call_later(patience, self._let_go_of, element, self._cluster.now() + patience)
 
-    def _let_go_of(self, element: Element) -> None:
-        if not element.done:
-            _LOG.warning("nothing says that Slurm job %s is gone; it was told to", element.slurm_id)
-            outcome = report.report(element.entry.job, Fate.CANCELLED, element.ending())
-            self._state.finish(element, outcome)
+    def _let_go_of(self, element: Element, until: float) -> None:
+        left = until - self._cluster.now()
+        if element.done:
+            return
+        if left > 0 and not self.is_leaving:
+            self._loop.call_later(left, self._let_go_of, element, until)
+            return
+        _LOG.warning("nothing says that Slurm job %s is gone; it was told to", element.slurm_id)
+        self._state.let_go(
+            element, report.report(element.entry.job, Fate.CANCELLED, element.ending())
+        )
+
+
+def _is_to_end(element: Element) -> bool:
+    return not element.done or element.disowned
+
+
+def _may_still_run(element: Element) -> bool:
+    """It waited for too long; but if it has just begun to run, it had its turn."""
+    return element.expired and not element.stopping and not element.done
 
 
 def _keys(elements: Iterable[Element]) -> set[tuple[str, int]]:

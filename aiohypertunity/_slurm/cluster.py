@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .._errors import SubmitError, TransportError
 from .._threads import in_thread
-from .._transports import Done, LinkLost, Transport, transport_to
+from .._transports import LinkLost, Transport, transport_to
 from . import shell, text
 from .nodecode import node_code
 from .pace import Budget
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from .._events import Event
+    from .._transports import Content, Done, Lines, Wanted
     from . import Slurm
 
 T = TypeVar("T")
@@ -49,9 +51,10 @@ class Cluster:
         slurm: The cluster, and how to use it.
         emit: Takes events of the link.
         give_up: Called when the link was down for too long.
+        say: Called with why nothing goes on while the link is down, and with None when it's up again.
 
     Attributes:
-        transport: How to get there.
+        host: Its name; None for this machine.
         run: The name of the run: of its jobs, and of its directory.
         directory: Where its files are there; empty before `prepare`.
         site: What the cluster is like.
@@ -63,17 +66,24 @@ class Cluster:
         slurm: Slurm,
         emit: Callable[[Event], None],
         give_up: Callable[[TransportError], None],
+        say: Callable[[str | None], None],
     ) -> None:
         self._slurm = slurm
         self._give_up = give_up
+        self._say = say
         self._loop = asyncio.get_running_loop()
         self._link_lost_at: float | None = None
         self._paused = 0.0
-        self.transport: Transport = transport_to(slurm, emit)
+        self._transport: Transport = transport_to(slurm, emit)
+        self.host = self._transport.host
         self.run = f"ht-{secrets.token_hex(6)}"
         self.directory = ""
         self.site = text.Site()
         self.budget = Budget()
+
+    async def aclose(self) -> None:
+        """Lets go of the link."""
+        await self._transport.aclose()
 
     def now(self) -> float:
         """A clock that stands still while the link is down: no job is blamed for that time."""
@@ -84,36 +94,70 @@ class Cluster:
         """Does what may be done twice, as often as the link fails under it."""
         while True:
             try:
-                result = await operation()
-            except LinkLost as error:
-                self.link_down(error)
+                return await operation()
+            except LinkLost:
                 # How long to wait for a link is for the transport to know.
                 await asyncio.sleep(BREATH)
             except TimeoutError as error:
-                _LOG.warning("%s is slow, and is asked again: %s", self.transport.host, error)
-            else:
-                self.link_up()
-                return result
+                _LOG.warning("%s is slow, and is asked again: %s", self.host, error)
 
     def link_down(self, error: LinkLost) -> None:
+        """Stops the clock."""
         if self._link_lost_at is None:
             self._link_lost_at = self._loop.time()
+            self._say(str(error))
         limit = self._slurm.give_up_after
         if limit is not None and self._loop.time() - self._link_lost_at > limit:
-            words = f"the link to {self.transport.host} was down for more than {limit:g} s: {error}"
+            words = f"the link to {self.host} was down for more than {limit:g} s: {error}"
             self._give_up(TransportError(words))
 
     def link_up(self) -> None:
+        """Lets the clock go on."""
         if self._link_lost_at is not None:
             self._paused += self._loop.time() - self._link_lost_at
             self._link_lost_at = None
+            self._say(None)
 
-    async def command(self, command: str, *, stdin: str = "", timeout: float = PATIENCE) -> Done:
+    async def _noted(self, operation: Awaitable[T]) -> T:
+        """Does something across the link, and draws from it whether that is up."""
+        try:
+            result = await operation
+        except LinkLost as error:
+            self.link_down(error)
+            raise
+        self.link_up()
+        return result
+
+    async def shell(self, command: str) -> Done:
+        """Runs a command line of the shell's own."""
+        return await self._noted(self._transport.run(command, timeout=PATIENCE))
+
+    async def put(self, files: Mapping[str, Content]) -> None:
+        """Writes files."""
+        await self._noted(self._transport.put(files))
+
+    async def get(self, files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
+        """Reads files; says in its place why one can't be read."""
+        return await self._noted(self._transport.get(files))
+
+    async def fetch(self, path: str) -> str:
+        """Brings a large file here."""
+        return await self._noted(self._transport.fetch(path))
+
+    def watch(self, command: str) -> AbstractAsyncContextManager[Lines]:
+        """Runs a command for as long as the `with` lasts. It's for the caller to note what it says of the link."""
+        return self._transport.watch(command)
+
+    async def command(self, command: str, *, timeout: float = PATIENCE) -> Done:
         """Runs a command of Slurm's, after the lines that make it available."""
         if self._slurm.setup:
             lines = ("{", *self._slurm.setup, "} >/dev/null", command)
             command = shlex.join(("bash", "-c", "\n".join(lines)))
-        return await self.transport.run(command, stdin=stdin, timeout=timeout)
+        return await self._noted(self._transport.run(command, timeout=timeout))
+
+    async def cancel_run(self) -> None:
+        """Cancels by name: also those whose id was never known, or that were requeued after they had ended."""
+        await self.command(f"scancel --name={self.run}", timeout=PATIENCE / 2)
 
     async def prepare(self) -> None:
         """Makes the directory of the run and learns about the site, once."""
@@ -128,15 +172,15 @@ class Cluster:
                 f"the work directory {self._slurm.workdir or '~/.aiohypertunity'} can't be used: {words}; "
                 "name another by Slurm(workdir=...) that the nodes see too"
             )
-        hopeless = text.hopeless(done.stderr)
+        hopeless = text.hopeless(done.stdout)
         if hopeless is not None:
             with contextlib.suppress(TransportError):
-                await self.transport.run(shell.remove_tree(found), timeout=PATIENCE)
+                await self.shell(shell.remove_tree(found))
             raise SubmitError(f"Slurm can't be used here: {hopeless}")
         self.site = text.parse_site(done.stdout)
         files = await in_thread(node_code)
         placed = {f"{found}/node/{name}": content for name, content in files.items()}
-        await self.through(lambda: self.transport.put(placed))
+        await self.through(lambda: self.put(placed))
         self.directory = found
 
     def workdir(self) -> str:
@@ -144,7 +188,7 @@ class Cluster:
         path = (
             "~/.aiohypertunity" if self._slurm.workdir is None else os.fspath(self._slurm.workdir)
         )
-        if self.transport.host is None:
+        if self.host is None:
             path = os.path.abspath(os.path.expanduser(path))
         home, _, rest = path.partition("/")
         return f'"$HOME"/{shlex.quote(rest)}' if home == "~" else shlex.quote(path)
@@ -154,12 +198,8 @@ class Cluster:
         self.budget.spend(2, self.now())
         try:
             done = await self.command(text.look_command(self.run))
-        except LinkLost as error:
-            self.link_down(error)
-            return None
         except (TimeoutError, TransportError):
             return None
-        self.link_up()
         if done.exit_status != 0:
             return None
         return await in_thread(text.parse_look, done.stdout)

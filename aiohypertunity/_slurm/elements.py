@@ -27,11 +27,13 @@ class Element:
         "cancelled_at",
         "claimed_at",
         "claims",
+        "disowned",
         "done",
         "end",
         "end_at",
         "entry",
         "expired",
+        "fetched",
         "group",
         "host",
         "index",
@@ -86,7 +88,10 @@ class Element:
         self.expired = False
         self.reading = False
         self.done = False
-        self.reason = ""
+        # Over, though nothing says that Slurm has ended it.
+        self.disowned = False
+        self.fetched: dict[str, str] = {}
+        self.reason: str | None = None
         self.host = ""
 
     @property

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 
 from .._errors import HypertunityError, TransportError
-from . import report, shell, text
+from . import report, shell
 from .accounting import Accounting
 from .arbiter import Arbiter
 from .canceller import Canceller
@@ -54,19 +54,20 @@ class SlurmExecutor:
 
     def __init__(self, slurm: Slurm, owner: Owner, *, emit: Callable[[Event], None]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._cluster = cluster = Cluster(slurm, emit, self._fail_all)
+        self._cluster = cluster = Cluster(slurm, emit, self._fail_all, self._say)
         self._state = state = State(cluster, owner)
         self._packer = Packer(slurm, cluster)
         self._submitter = Submitter(slurm, cluster, state, self._packer)
         self._canceller = Canceller(cluster, state)
         accounting = Accounting(cluster)
+        self._arbiter = Arbiter(cluster, state, accounting)
         watcher = Watcher(cluster, state)
         self._reader = Reader(slurm, cluster, state, accounting, watcher)
         self._parts = (
             self._submitter,
             watcher,
             Looker(cluster, state, accounting),
-            Arbiter(cluster, state, accounting),
+            self._arbiter,
             self._canceller,
             self._reader,
         )
@@ -84,8 +85,9 @@ class SlurmExecutor:
             return
         self._state.queue.add(element)
         self._state.queued.set()
-        if entry.job.queue_timeout is not None:  # type: ignore[attr-defined]  # it's a SlurmJob
-            self._state.suspect(element)
+        limit: float | None = getattr(entry.job, "queue_timeout", None)
+        if limit is not None:
+            self._arbiter.limit_turn(element, limit)
         if self._main is None or self._main.done():
             self._main = self._loop.create_task(self._live())
 
@@ -96,7 +98,7 @@ class SlurmExecutor:
             return
         element.stopping = True
         self._canceller.let_go_in_time(element)
-        if element.submission is None and element in self._state.queue:
+        if element in self._state.queue:
             self._state.queue.remove(element)
             self._loop.call_soon(self._state.finish_unstarted, element)
         else:
@@ -117,25 +119,25 @@ class SlurmExecutor:
             ):
                 if self._main is not None:
                     await self._clean_up()
-            await self._cluster.transport.aclose()
+            await self._cluster.aclose()
 
     async def _clean_up(self) -> None:
-        left = [e for s in self._state.submissions.values() for e in s.elements if not e.done]
-        keys = {key for e in left if (key := e.key) is not None} | self._state.twins
-        if keys:
-            await self._cluster.command(text.cancel_command(keys))
-        if not self._cluster.directory:
+        directory = self._cluster.directory
+        if not directory:
             # It may have been cancelled in the middle of being made.
-            command = f"cd {self._cluster.workdir()} 2>/dev/null && rm -rf {self._cluster.run} || :"
-            await self._cluster.transport.run(command, timeout=PATIENCE)
+            workdir = self._cluster.workdir()
+            await self._cluster.shell(
+                f"cd {workdir} 2>/dev/null && rm -rf {self._cluster.run} || :"
+            )
             return
-        kept = [s for s in self._state.submissions.values() if s.kept]
-        if kept:
+        if self._state.has_strays:
+            with contextlib.suppress(TimeoutError, TransportError):
+                await self._cluster.cancel_run()
+        if any(submission.kept for submission in self._state.submissions.values()):
             await self._reader.flush_garbage()
-            command = f"rm -rf {shlex.quote(self._cluster.directory)}/node"
+            await self._cluster.shell(f"rm -rf {shlex.quote(directory)}/node")
         else:
-            command = shell.remove_tree(self._cluster.directory)
-        await self._cluster.transport.run(command, timeout=PATIENCE)
+            await self._cluster.shell(shell.remove_tree(directory))
 
     async def _live(self) -> None:
         try:
@@ -151,11 +153,14 @@ class SlurmExecutor:
             self._fail_all(TransportError(f"the Slurm executor has failed: {_first(errors)!r}"))
 
     def _fail_all(self, error: TransportError) -> None:
-        everywhere = [e for s in self._state.submissions.values() for e in s.elements]
-        for element in {*self._state.queue, *self._state.submitting, *everywhere}:
-            if not element.done:
-                self._state.finish(element, report.refused(error))
+        for element in self._state.unfinished:
+            self._state.let_go(element, report.refused(error))
         self._state.queue.clear()
+
+    def _say(self, why: str | None) -> None:
+        """Those that wait, wait for the link."""
+        waiting = [e for e in self._state.unfinished if not e.claims]
+        self._state.say_pending(waiting, why)
 
 
 def _first(errors: ExceptionGroup[E]) -> E:

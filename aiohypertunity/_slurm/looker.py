@@ -59,7 +59,7 @@ class Looker:
         while True:
             now = self._cluster.now()
             at = next_look(self._state.mood, last, now)
-            if self._cluster.transport.host is not None and self._state.mood.urgent_since is None:
+            if self._cluster.host is not None and self._state.mood.urgent_since is None:
                 at += at - last  # across a link each look is nine messages
             at = max(at, self._cluster.budget.ready(2, now))
             if at <= now:

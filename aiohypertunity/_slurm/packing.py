@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._errors import TransportError
+from .._errors import SubmitError, TransportError
 from .._jobs import FunctionRef, ScriptRef
 from .._threads import in_thread
 from . import shell, spool
-from .cluster import PATIENCE
 from .staging import Pinned, Staging
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .elements import Element, Submission
 
 _SCRIPTS = "scripts"
+_AT_ONCE = 100
+"""Paths in a command line, which has its limits."""
 
 
 class Packer:
@@ -48,15 +50,21 @@ class Packer:
         """
         return self._staging.pin(job) if self._staging is not None else None
 
-    async def put(self, submission: Submission) -> str:
-        """Puts there what an array needs; gives its script."""
+    async def put(self, submission: Submission) -> None:
+        """Puts there what an array needs.
+
+        Raises:
+            SubmitError: It can't be made into files.
+            TransportError: The files can't be read here, or written there.
+        """
         try:
-            script, files = await in_thread(self._pack, submission)
+            files = await in_thread(self._pack, submission)
         except OSError as error:
             raise TransportError(f"can't read {error.filename}: {error.strerror}") from error
-        await self._cluster.through(lambda: self._cluster.transport.put(files))
+        except (TypeError, ValueError) as error:
+            raise SubmitError(f"can't be made into files: {error}") from error
+        await self._cluster.through(lambda: self._cluster.put(files))
         await self._let_run(submission, files)
-        return script
 
     async def _let_run(self, submission: Submission, files: dict[str, Content]) -> None:
         """The files are there: marks programs among the scripts as such."""
@@ -69,11 +77,9 @@ class Packer:
         }
         root = f"{self._cluster.directory}/{_SCRIPTS}"
         paths = [p for p in files if p.startswith(f"{root}/") and os.path.basename(p) in names]
-        if paths:
-            command = f"chmod 700 {shlex.join(paths)}"
-            await self._cluster.through(
-                lambda: self._cluster.transport.run(command, timeout=PATIENCE)
-            )
+        for start in range(0, len(paths), _AT_ONCE):
+            command = f"chmod 700 {shlex.join(paths[start : start + _AT_ONCE])}"
+            await self._cluster.through(functools.partial(self._cluster.shell, command))
         self._staging.placed(files, root)
 
     def _place(self, submission: Submission, files: dict[str, Content]) -> dict[Element, str]:
@@ -86,24 +92,25 @@ class Packer:
                 files |= needed
         return {e: places[e.pinned] for e in submission.elements if e.pinned is not None}
 
-    def _pack(self, submission: Submission) -> tuple[str, dict[str, Content]]:
-        """The script of an array, and the files it needs. Runs in a thread."""
+    def _pack(self, submission: Submission) -> dict[str, Content]:
+        """What an array needs. Runs in a thread."""
         directory = submission.directory
         files: dict[str, Content] = {}
         scripts = self._place(submission, files)
         elements = [self._text_element(e, scripts.get(e)) for e in submission.elements]
         script, table = shell.batch_script(directory, self._slurm.setup, elements)
-        # Nobody reads it there; but sbatch's own copy is hard to come by when one wants to see it.
-        files[f"{directory}/script"] = script.encode()
+        files[f"{directory}/script"] = os.fsencode(script)
         if table is not None:
-            files[f"{directory}/{shell.TABLE}"] = table.encode()
+            files[f"{directory}/{shell.TABLE}"] = os.fsencode(table)
         callables = [element for element in submission.elements if not element.is_script]
         if callables:
             names: dict[str, str] = {}
             packed = [_packed(self._function(e, scripts), e.entry.call, names) for e in callables]
-            files[f"{directory}/{spool.CALLS}"] = spool.pack(packed, self._surroundings())
+            files[f"{directory}/{spool.CALLS}"] = spool.pack(
+                packed, self._surroundings(callables[0].entry.call.cwd)
+            )
             files.update((f"{directory}/{name}", Path(path)) for path, name in names.items())
-        return script, files
+        return files
 
     def _function(self, element: Element, scripts: dict[Element, str]) -> bytes:
         call: Call = element.entry.call
@@ -113,9 +120,9 @@ class Packer:
         assert isinstance(target, FunctionRef)
         return self._staging.named(target, scripts[element])
 
-    def _surroundings(self) -> dict[str, Any]:
-        here = self._cluster.transport.host is None
-        path = [os.path.abspath(entry) for entry in sys.path] if here else []
+    def _surroundings(self, cwd: str | None) -> dict[str, Any]:
+        here = self._cluster.host is None
+        path = [os.path.normpath(os.path.join(cwd or "/", entry)) for entry in sys.path if here]
         return {"python": list(sys.version_info[:2]), "sys_path": path}
 
     def _text_element(self, element: Element, script: str | None = None) -> shell.Element:
@@ -130,8 +137,8 @@ class Packer:
         else:
             command = shell.Callable(self._python(job), f"{self._cluster.directory}/node")
         cwd = os.fspath(job.cwd) if job.cwd is not None else None
-        if cwd is None and self._cluster.transport.host is None:
-            cwd = os.getcwd()
+        if cwd is None and self._cluster.host is None:
+            cwd = entry.call.cwd
         env = tuple((job.env or {}).items())
         return shell.Element(command, cwd, job.cwd is not None, env, entry.timeout)
 
@@ -149,7 +156,7 @@ class Packer:
     def _python(self, job: SlurmJob[Any] | Any) -> tuple[str, ...]:
         named = (job.meta or {}).get("binary") or self._slurm.python
         if named is None:
-            return (sys.executable if self._cluster.transport.host is None else "python3",)
+            return (sys.executable if self._cluster.host is None else "python3",)
         return (named,) if isinstance(named, str) else tuple(map(os.fspath, named))
 
 

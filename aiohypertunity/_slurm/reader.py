@@ -16,7 +16,7 @@ from .._scripts import parse_result
 from .._threads import in_thread
 from .._transports import LinkLost, Wanted
 from . import report, shell, spool
-from .cluster import BREATH, PATIENCE
+from .cluster import BREATH
 from .verdict import Fate
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ _TAIL = 65_536
 
 _KEPT = {Status.FAILED, Status.CRASHED, Status.TIMED_OUT}
 _TRIES = 5
-_BATCH = 64
+_FIRST, _MOST = 8, 64
+"""Elements that are read at once."""
+
+_BYTES = 32 << 20
+"""Bytes of results that are to be read at once."""
+
 _GARBAGE = 256
 
 
@@ -63,24 +68,26 @@ class Reader:
         self._state = state
         self._accounting = accounting
         self._watcher = watcher
+        self._n_at_once = _FIRST
 
     async def run(self) -> None:
         while True:
             await self._state.ended.wait()
             self._state.ended.clear()
             while self._state.endings:
-                batch, self._state.endings = (
-                    self._state.endings[:_BATCH],
-                    self._state.endings[_BATCH:],
-                )
+                batch = self._state.endings[: self._n_at_once]
+                del self._state.endings[: self._n_at_once]
                 try:
                     await self._read(batch)
-                except LinkLost as error:
-                    self._cluster.link_down(error)
+                except LinkLost:
                     self._state.endings[:0] = [pair for pair in batch if not pair[0].done]
                     await asyncio.sleep(BREATH)
                 except TimeoutError:
                     self._state.endings += [pair for pair in batch if not pair[0].done]
+                except TransportError as error:
+                    await asyncio.sleep(BREATH)
+                    for element, fate in batch:
+                        self._conclude_unread(element, fate, str(error))
                 await self.flush_garbage()
 
     async def _read(self, batch: Sequence[tuple[Element, Fate]]) -> None:
@@ -91,17 +98,39 @@ class Reader:
                 [e for e in failed if e.account is None or e.account.max_rss is None]
             )
         wanted = [files for element, fate in batch for files in _wanted(element, fate)]
-        contents = iter(await self._cluster.transport.get(wanted))
+        contents = await self._cluster.get(wanted)
+        self._adapt(contents)
+        rest = iter(contents)
         for element, fate in batch:
-            log, end, result = next(contents), next(contents), next(contents)
-            await self._conclude(element, fate, log, end, result)
+            log, end, result = next(rest), next(rest), next(rest)
+            if isinstance(result, TransportError):
+                self._conclude_unread(element, fate, str(result))
+            else:
+                await self._conclude(element, fate, _held(log), _held(end), result)
+
+    def _adapt(self, contents: Sequence[bytes | TransportError | None]) -> None:
+        """The more there is to a job, the fewer are read at once: memory is bounded."""
+        n_bytes = 3 * sum(len(_held(content) or b"") for content in contents) / len(contents)
+        self._n_at_once = max(1, min(_MOST, int(_BYTES / max(n_bytes, 1))))
+
+    def _conclude_unread(self, element: Element, fate: Fate, why: str) -> None:
+        """It's over, and what it left can't be read now: tries again, but not for ever."""
+        if element.done:
+            return
+        element.bad_tries += 1
+        if element.bad_tries < _TRIES:
+            self._state.endings.append((element, fate))
+            return
+        ending = dataclasses.replace(element.ending(), lost=why)
+        lost = Fate.LOST if fate is Fate.READ else fate
+        self._finish(element, report.report(element.entry.job, lost, ending), ending)
 
     async def _confirm(self, batch: Sequence[tuple[Element, Fate]]) -> list[tuple[Element, Fate]]:
         """Looks into the spool once more for those whose shell has left no word: the watcher may be stuck."""
         silent = [e for e, fate in batch if fate is not Fate.READ and e.end is None]
         for submission in {e.submission for e in silent if e.submission is not None}:
             command = shell.listing(submission.directory)
-            done = await self._cluster.transport.run(command, timeout=PATIENCE)
+            done = await self._cluster.shell(command)
             if done.exit_status == 0:
                 self._watcher.take_names(submission, done.stdout.strip())
         changed = {e for e in silent if e.result is not None or e.end is not None}
@@ -122,7 +151,7 @@ class Reader:
         if fate is not Fate.READ:
             if element.expired and fate is Fate.CANCELLED and not element.claims:
                 outcome = report.waited_too_long(
-                    element.entry.job, element.reason, element.slurm_id
+                    element.entry.job, element.reason or "", element.slurm_id
                 )
             else:
                 outcome = report.report(element.entry.job, fate, ending)
@@ -134,6 +163,9 @@ class Reader:
             except spool.BadFile as error:
                 self._distrust(element, str(error))
                 return
+        self._finish(element, outcome, ending)
+
+    def _finish(self, element: Element, outcome: Outcome, ending: report.Ending) -> None:
         outcome.slurm_id = element.slurm_id
         outcome.stdout = ending.log
         if outcome.started_at is None:
@@ -149,9 +181,13 @@ class Reader:
         assert element.submission is not None
         files = []
         for name, size in reply.files:
-            path = await self._fetch(f"{element.submission.directory}/{name}")
+            path = element.fetched.get(name) or await self._fetch(
+                f"{element.submission.directory}/{name}"
+            )
             if not os.path.exists(path) or os.path.getsize(path) != size:
+                element.fetched.pop(name, None)
                 raise spool.BadFile(f"its part {name} isn't whole")
+            element.fetched[name] = path
             files.append(path)
         outcome = await in_thread(
             _failures.from_reply, element.entry.job, reply.kind, reply.blob, files
@@ -165,7 +201,7 @@ class Reader:
 
     async def _fetch(self, path: str) -> str:
         try:
-            return await self._cluster.transport.fetch(path)
+            return await self._cluster.fetch(path)
         except LinkLost:
             raise
         except TransportError as error:
@@ -205,8 +241,8 @@ class Reader:
                 swept.append((submission, len(submission.garbage)))
         if commands:
             try:
-                await self._cluster.transport.run("\n".join(commands), timeout=PATIENCE)
-            except (LinkLost, TimeoutError):
+                await self._cluster.shell("\n".join(commands))
+            except (TransportError, TimeoutError):
                 return  # done with the next, or in the end with the run's directory
         # Not before: whoever is cancelled here leaves it to the next.
         for submission in over:
@@ -215,6 +251,10 @@ class Reader:
             del submission.garbage[:n_names]
         if all(s.n_left == 0 for s in self._state.submissions.values()):
             self._watcher.rest()
+
+
+def _held(content: bytes | TransportError | None) -> bytes | None:
+    return content if isinstance(content, bytes) else None
 
 
 def _output_path(element: Element) -> str:

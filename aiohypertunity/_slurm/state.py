@@ -36,7 +36,6 @@ class State:
         self.queued = asyncio.Event()
         self.submitting: list[Element] = []
         self.submissions: dict[str, Submission] = {}
-        self.n_in_flight = 0
         self.active = asyncio.Event()
         self.suspects: set[Element] = set()
         self.suspected = asyncio.Event()
@@ -48,6 +47,23 @@ class State:
         self.mood = Mood(None, cluster.now())
         self.look_now = asyncio.Event()
 
+    @property
+    def n_in_flight(self) -> int:
+        """Elements that are submitted, or about to be, and not over."""
+        return sum(submission.n_left for submission in self.submissions.values())
+
+    @property
+    def unfinished(self) -> list[Element]:
+        """All elements that aren't over."""
+        submitted = [e for s in self.submissions.values() for e in s.elements]
+        return [e for e in {*self.queue, *self.submitting, *submitted} if not e.done]
+
+    @property
+    def has_strays(self) -> bool:
+        """Whether Slurm may have jobs of ours that nobody waits for any more."""
+        unknown = any(submission.array is None for submission in self.submissions.values())
+        return bool(unknown or self.twins or self.cancels or self.unfinished)
+
     def submitted(self, submission: Submission, array: str) -> None:
         if submission.array is not None:
             return
@@ -57,27 +73,31 @@ class State:
         self.changed()
         self.look_now.set()
         for element in submission.elements:
-            element.reason = ""
+            element.reason = None
             if not element.done:
                 self.owner.pending(element.entry, None, slurm_id=element.slurm_id)
             if element.stopping or element.expired:
                 self.cancel(element)
 
-    def say_pending(self, elements: Iterable[Element], reason: str) -> None:
+    def say_pending(self, elements: Iterable[Element], reason: str | None) -> None:
+        """Says why they wait."""
         for element in elements:
             if element.reason != reason:
                 element.reason = reason
                 self.owner.pending(element.entry, reason, slurm_id=element.slurm_id)
 
     def suspect(self, element: Element) -> None:
+        """There's something new to be judged by."""
         self.suspects.add(element)
         self.suspected.set()
 
     def cancel(self, element: Element) -> None:
+        """Slurm is to be told to end it, as soon as its id is known."""
         self.cancels[element] = None
         self.cancelling.set()
 
     def changed(self) -> None:
+        """Something happens: looks are worth more."""
         self.mood = self.mood._replace(changed_at=self._cluster.now())
 
     def forget(self, submission: Submission) -> None:
@@ -85,11 +105,20 @@ class State:
         self.submissions.pop(submission.name, None)
 
     def finish_unstarted(self, element: Element) -> None:
+        """It was cancelled before Slurm had it."""
         if not element.done:
             error = _failures.cancelled(element.entry.job, started=False)
             self.finish(element, Outcome(Status.CANCELLED, error=error))
 
+    def let_go(self, element: Element, outcome: Outcome) -> None:
+        """It's over for its user, though Slurm may still have it: it will be told to end it."""
+        if not element.done:
+            element.disowned = element.submission is not None
+            self.finish(element, outcome)
+            self.cancel(element)
+
     def finish(self, element: Element, outcome: Outcome) -> None:
+        """It's over."""
         element.done = True
         element.entry.place = None
         self.suspects.discard(element)
@@ -97,7 +126,6 @@ class State:
         if submission is not None:
             self.cancel_twin(element)
             submission.n_left -= 1
-            self.n_in_flight -= 1
             if self.queue:
                 self.queued.set()
         self.owner.finished(element.entry, outcome)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
+import math
+import shlex
 from typing import TYPE_CHECKING, Any
+
+import anyio
 
 from .._errors import SubmitError, TransportError
 from .._jobs import ScriptRef
 from .._transports import LinkLost
 from . import report, shell, text
-from .cluster import PATIENCE
 from .elements import Submission
 from .options import sbatch_options
 
@@ -38,6 +40,14 @@ _AT_MOST = 1000
 """Elements of an array, and so files of one kind in a directory."""
 
 _TRIES = 5
+_LONGEST_PAUSE = 30.0
+"""Seconds between two tries, at most."""
+
+_SLOW = 1.0
+"""Seconds after which sbatch is worth a word."""
+
+_LIMITED_FOR = 60.0
+"""Seconds after which it's tried again whether Slurm takes more jobs than it did."""
 
 
 class Submitter:
@@ -59,22 +69,24 @@ class Submitter:
         self._plain_options = sbatch_options(slurm.options or {}, {}, {})
         self._limit = slurm.max_in_flight
         self._longest_array: int | None = None
+        self._limited_until = math.inf
         self._n_submissions = 0
 
     async def run(self) -> None:
-        while True:
-            await self._state.queued.wait()
-            self._state.queued.clear()
-            await self._settle()
-            try:
-                await self._cluster.prepare()
+        async with anyio.create_task_group() as self._retries:
+            while True:
+                await self._state.queued.wait()
+                self._state.queued.clear()
+                await self._settle()
+                try:
+                    await self._cluster.prepare()
+                except (SubmitError, TransportError) as error:
+                    # The disk, or the shell; the link's own trouble is waited out.
+                    self._refuse([*self._state.queue], error)
+                    self._state.queue.clear()
                 while group := self._next_group():
                     await self._submit(group)
                     self._state.submitting = []
-            except (SubmitError, TransportError) as error:
-                # The disk, or the shell; the link's own trouble is waited out.
-                self._refuse([*self._state.submitting, *self._state.queue], error)
-                self._state.queue.clear()
 
     async def _settle(self) -> None:
         latest = self._loop.time() + _SETTLE_AT_MOST
@@ -85,6 +97,8 @@ class Submitter:
 
     def _next_group(self) -> list[Element]:
         """Those next in the queue that can be one array, as far as there is room for them."""
+        if self._loop.time() > self._limited_until:
+            self._limit, self._longest_array = self._slurm.max_in_flight, None
         waiting = len(self._state.queue)
         room = waiting
         if self._limit is not None:
@@ -112,29 +126,68 @@ class Submitter:
         submission = Submission(
             self._n_submissions, self._cluster.run, self._cluster.directory, group
         )
-        self._state.n_in_flight += len(group)
         self._state.submissions[submission.name] = submission
         try:
-            script = await self._packer.put(submission)
-        except TransportError:
-            self._state.forget(submission)
+            await self._packer.put(submission)
+        except (SubmitError, TransportError) as error:
+            self._refuse(group, error)
             # What is there of it may be what fills the disk.
             with contextlib.suppress(TransportError, TimeoutError):
-                command = shell.remove_tree(submission.directory)
-                await self._cluster.transport.run(command, timeout=PATIENCE)
-            raise
+                await self._cluster.shell(shell.remove_tree(submission.directory))
+            return
         # From here on it is watched: a job may run before sbatch has said that there is one.
         self._state.active.set()
-        array = await self._sbatch(submission, script)
-        if array is not None:
-            self._state.submitted(submission, array)
+        await self._try(submission, 1)
 
-    async def _sbatch(self, submission: Submission, script: str) -> str | None:
-        """Submits, exactly once; None if nothing came of it, and that has been reported.
+    async def _try(self, submission: Submission, n_tries: int) -> None:
+        """Submits, exactly once; what comes of it, is reported.
 
         Whatever sbatch says when it doesn't give an id, the jobs may be queued: so they are looked
         for by their token before anything is submitted again.
         """
+        while True:
+            slow = self._loop.call_later(
+                _SLOW, self._say, submission, "sbatch has not answered yet"
+            )
+            array, words, refusal = await self._sbatch(submission)
+            slow.cancel()
+            if array is None:
+                self._say(submission, words)
+                array = await self._look_up(submission, wait=refusal in {"busy", "again"})
+            if array is not None:
+                self._state.submitted(submission, array)
+            if submission.array is not None:
+                return
+            over = refusal == "never" or (n_tries >= _TRIES and self._is_hopeless(refusal))
+            if over:
+                self._refuse(submission.elements, SubmitError(f"sbatch refused it: {words}"))
+                return
+            if all(e.stopping or e.done for e in submission.elements):
+                self._abandon(submission)
+                return
+            _LOG.warning("sbatch failed and will be tried again: %s", words)
+            if refusal == "limit" and self._make_smaller(submission):
+                return
+            pause = min(2.0**n_tries, _LONGEST_PAUSE)
+            n_tries += 1
+            if refusal != "busy":  # then the next need not wait for this one
+                self._retries.start_soon(self._try_later, submission, n_tries, pause)
+                return
+            await asyncio.sleep(pause)
+
+    def _say(self, submission: Submission, why: str) -> None:
+        self._state.say_pending([e for e in submission.elements if not e.done], why)
+
+    async def _try_later(self, submission: Submission, n_tries: int, pause: float) -> None:
+        await asyncio.sleep(pause)
+        await self._try(submission, n_tries)
+
+    def _is_hopeless(self, refusal: str) -> bool:
+        """Whether it's no use to wait. Slurm says that it has enough of our jobs also of a job that can never be."""
+        return refusal == "again" or (refusal == "limit" and self._state.n_in_flight == 1)
+
+    async def _sbatch(self, submission: Submission) -> tuple[str | None, str, str]:
+        """The array's id if sbatch gave one; else its words, and what is to be made of them."""
         command = text.submit_command(
             submission.elements[0].group[1],
             directory=submission.directory,
@@ -142,36 +195,15 @@ class Submitter:
             submission=submission.token,
             n_elements=len(submission.elements),
         )
-        for n_tries in range(1, sys.maxsize):
-            array, words, refusal = await self._sbatch_once(command, script)
-            if array is None:
-                array = await self._look_up(submission, wait=refusal in {"busy", "again"})
-            if array is not None or submission.array is not None:
-                return array
-            if refusal == "never" or (refusal == "again" and n_tries >= _TRIES):
-                self._refuse(submission.elements, SubmitError(f"sbatch refused it: {words}"))
-                return None
-            live = [e for e in submission.elements if not e.stopping and not e.done]
-            if not live:
-                self._abandon(submission)
-                return None
-            _LOG.warning("sbatch failed and will be tried again: %s", words)
-            self._state.say_pending(live, words)
-            if refusal == "limit" and self._make_smaller(submission):
-                return None
-            await asyncio.sleep(min(2.0**n_tries, 30))
-        return None
-
-    async def _sbatch_once(self, command: str, script: str) -> tuple[str | None, str, str]:
-        """The array's id if sbatch gave one; else its words, and what is to be made of them."""
+        # From a file: a link that is cut in the middle of it would submit half a script.
+        command += f" <{shlex.quote(f'{submission.directory}/script')}"
         self._cluster.budget.spend(1, self._cluster.now())
         patience = 2 * self._cluster.site.message_timeout + 5
         try:
-            done = await self._cluster.command(command, stdin=script, timeout=patience)
+            done = await self._cluster.command(command, timeout=patience)
         except TimeoutError:
-            return None, f"it gave no answer within {patience:g} s", "busy"
+            return None, f"sbatch gave no answer within {patience:g} s", "busy"
         except LinkLost as error:
-            self._cluster.link_down(error)
             return None, str(error), "busy"
         words = text.last_words(done.stderr or done.stdout)
         if done.exit_status == 0:
@@ -199,7 +231,7 @@ class Submitter:
 
         Halves the arrays until one fits; when not even a single job does, what is there is the limit.
         """
-        others = self._state.n_in_flight - len(submission.elements)
+        others = self._state.n_in_flight - submission.n_left
         if len(submission.elements) > 1:
             self._longest_array = len(submission.elements) // 2
         elif others > 0:
@@ -207,31 +239,30 @@ class Submitter:
             self._longest_array = None
         else:
             return False
-        self._abandon(submission, requeue=True)
+        self._limited_until = self._loop.time() + _LIMITED_FOR
+        self._abandon(submission)
         return True
 
-    def _abandon(self, submission: Submission, *, requeue: bool = False) -> None:
+    def _abandon(self, submission: Submission) -> None:
         """The array wasn't submitted and won't be; its elements are over, or wait again."""
-        self._state.n_in_flight -= len(submission.elements)
         self._state.forget(submission)
-        again = []
+        live = [e for e in submission.elements if not e.done]
         for element in submission.elements:
             element.submission = None
-            if not element.done and element.stopping:
+        for element in live:
+            if element.stopping:
                 self._state.finish_unstarted(element)
-            elif not element.done:
-                again.append(element)
-        if requeue:
+        again = [e for e in live if not e.done]
+        if again:
             self._state.queue.put_back(again)
             self._state.queued.set()
 
     def _refuse(self, elements: Iterable[Element], error: SubmitError | TransportError) -> None:
-        for element in list(elements):
+        for element in elements:
             if element.done:
                 continue
             if element.submission is not None:
                 self._state.forget(element.submission)
-                self._state.n_in_flight -= 1
                 element.submission = None
             if element.stopping:
                 self._state.finish_unstarted(element)

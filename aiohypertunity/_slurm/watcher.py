@@ -59,7 +59,7 @@ class Watcher:
 
     async def _watch(self) -> None:
         # A watcher that is new lists everything, so nothing is lost with one that died.
-        async with self._cluster.transport.watch(shell.watcher(self._cluster.directory)) as lines:
+        async with self._cluster.watch(shell.watcher(self._cluster.directory)) as lines:
             lease = self._loop.create_task(_renew(lines))
             try:
                 async for line in lines:
@@ -107,7 +107,9 @@ class Watcher:
             element.claimed_at = now
             element.missing_since, element.n_missing = None, 0
             element.started_at = time.time()
-            element.reason = ""
+            element.reason = None
+            if not element.stopping:  # it has begun to run before its turn was withdrawn
+                element.cancelled_at = None
         element.claims.add(restart)
 
     def _started(self, element: Element, sign: shell.Sign) -> None:
