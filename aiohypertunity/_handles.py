@@ -71,6 +71,11 @@ class JobHandle(Generic[T]):
         """The machine it runs or ran on, where it's known."""
         return self._entry.result.host if self._entry.result else self._entry.node
 
+    @property
+    def started_at(self) -> float | None:
+        """When it began to run (the last time), in seconds since the epoch; None if it hasn't."""
+        return self._entry.result.started_at if self._entry.result else self._entry.started_at
+
     def done(self) -> bool:
         """Whether it's over."""
         return self._entry.result is not None

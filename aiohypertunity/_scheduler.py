@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ._slurm import Slurm
+    from ._slurm.executor import SlurmExecutor
 
 T = TypeVar("T")
 
@@ -160,7 +161,7 @@ class Scheduler:
         self._is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._rundir: RunDirectory | None = None
-        self._slurm_executor: Executor | None = None
+        self._slurm_executor: SlurmExecutor | None = None
 
     # --- beginning and end -------------------------------------------------------------------
 
@@ -248,6 +249,8 @@ class Scheduler:
         """Cancels all jobs, as many at a time as the loop may be held for."""
         for running_map in tuple(self._maps):
             running_map.starve()
+        if self._slurm_executor is not None:
+            self._slurm_executor.leave()
         let_loop_run_at = time.monotonic() + _HOLD
         for entry in tuple(self._unfinished.values()):
             # A call that a joblib backend runs can't be stopped: leaving waits for it.
@@ -486,7 +489,7 @@ class Scheduler:
             return self._slurm_executor
         return self._scripts if isinstance(job.target, ScriptRef) else self._callables
 
-    def _make_slurm(self) -> Executor:
+    def _make_slurm(self) -> SlurmExecutor:
         from ._slurm import Slurm
         from ._slurm.executor import SlurmExecutor
 

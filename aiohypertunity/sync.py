@@ -88,6 +88,11 @@ class JobHandle(Generic[T]):
         """The machine it runs or ran on, where it's known."""
         return self._handle.node
 
+    @property
+    def started_at(self) -> float | None:
+        """When it began to run (the last time), in seconds since the epoch; None if it hasn't."""
+        return self._handle.started_at
+
     def done(self) -> bool:
         """Whether it's over."""
         return self._handle.done()

@@ -126,6 +126,7 @@ async def test_status_follows(
         await handle.wait_started()
         assert handle.status is Status.RUNNING
         assert handle.node in cluster.nodes
+        assert abs(time.time() - (handle.started_at or 0)) < 30
         (tmp_path / "gate").touch()
         assert (await handle).data == 5
 

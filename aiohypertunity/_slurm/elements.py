@@ -131,6 +131,7 @@ class Element:
             account=self.account,
             account_open=accounting and not self.account_asked,
             cancelled_at=self.cancelled_at,
+            stopping=self.stopping or (self.expired and not self.claims),
         )
 
     def ending(self, log: bytes | None = None, end: bytes | None = None) -> report.Ending:

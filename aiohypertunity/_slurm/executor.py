@@ -107,6 +107,10 @@ class SlurmExecutor:
     def check_stop(self, entry: Entry) -> None:
         """Any can be stopped."""
 
+    def leave(self) -> None:
+        """All is to end; a link that is down isn't waited for any longer than for an answer."""
+        self._canceller.is_leaving = True
+
     async def aclose(self) -> None:
         """Removes the spool and lets go of the link."""
         if self._main is not None:
