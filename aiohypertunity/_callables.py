@@ -287,15 +287,14 @@ class IsolatedCallables:
         outcome: Outcome | None = None,
     ) -> None:
         entry = reply.entry
+        output = [stream.decode(errors="replace") for stream in (stdout, stderr)]
         if outcome is None:
-            outcome = _failures.from_reply(entry.job, kind, body, files)
+            outcome = _failures.from_reply(entry.job, kind, body, files, *output)
         outcome.started_at = reply.started_at
         outcome.finished_at = reply.finished_at
         outcome.host = self._host
         outcome.pid = pid
-        if stdout or stderr:
-            outcome.stdout = stdout.decode(errors="replace")
-            outcome.stderr = stderr.decode(errors="replace")
+        outcome.stdout, outcome.stderr = output
         entry.place = None
         self._owner.finished(entry, outcome)
 
@@ -376,7 +375,8 @@ def _fetched(reply: Reply) -> tuple[_Unpacked, Outcome]:
             reply = reply._replace(kind=kind, body=memoryview(file.read()))
         os.unlink(path)
     unpacked = _unpack(reply)
-    return unpacked, _failures.from_reply(reply.entry.job, *unpacked[:3])
+    output = [stream.decode(errors="replace") for stream in unpacked[3:]]
+    return unpacked, _failures.from_reply(reply.entry.job, *unpacked[:3], *output)
 
 
 def resource_env(grant: Grant) -> dict[str, str]:

@@ -19,6 +19,7 @@ from ._errors import (
     RemoteTraceback,
     set_cause,
 )
+from ._payload import described
 from ._results import Outcome, Status
 
 if TYPE_CHECKING:
@@ -50,26 +51,35 @@ def name(job: Job[Any]) -> str:
 
 def raised(job: Job[Any], error: BaseException, traceback: str) -> JobFailed:
     """The task of `job` raised `error`; `traceback` is what its process had to say of it."""
-    failed = JobFailed(f"{name(job)} raised {type(error).__name__}: {_words(error)}", job=job)
-    set_cause(error, RemoteTraceback(traceback))
+    return _because(JobFailed(f"{name(job)} raised {described(error)}", job=job), error, traceback)
+
+
+def not_imported(job: Job[Any], error: BaseException, traceback: str, *streams: str) -> JobFailed:
+    """The script or module of `job` raised `error` when it was imported."""
+    reference: Any = job.target
+    file = os.path.basename(reference.path) if reference.path else reference.module
+    if isinstance(error, SystemExit):
+        code = "" if error.code is None else f" with {error.code!r}"
+        message = (
+            f"{file} exited{code} while it was imported for {name(job)}: does it lack "
+            f"`if __name__ == '__main__':`?{last_lines(*streams)}"
+        )
+    else:
+        message = f"importing {file} for {name(job)} raised {described(error)}"
+    return _because(JobFailed(message, job=job), error, traceback)
+
+
+def _because(failed: JobFailed, error: BaseException, traceback: str) -> JobFailed:
+    set_cause(error, RemoteTraceback(traceback.rstrip()))
     failed.__cause__ = error
     return failed
 
 
 def not_started(job: Job[Any], error: Exception) -> JobFailed:
     """An attempt at `job` could not even be begun."""
-    failed = JobFailed(
-        f"{name(job)} could not be started: {type(error).__name__}: {_words(error)}", job=job
-    )
+    failed = JobFailed(f"{name(job)} could not be started: {described(error)}", job=job)
     failed.__cause__ = error
     return failed
-
-
-def _words(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return "(its __str__ fails)"
 
 
 def exited(job: Job[Any], exit_code: int, *streams: str, hint: str = "") -> JobFailed:
@@ -114,29 +124,45 @@ def unreadable(job: Job[Any], part: str, reason: str, traceback: str = "") -> Pa
         f"{part} of {name(job)} can't be sent between processes: {reason}", job=job, part=part
     )
     if traceback:
-        error.__cause__ = RemoteTraceback(traceback)
+        error.__cause__ = RemoteTraceback(traceback.rstrip())
     return error
 
 
 def from_reply(
-    job: Job[Any], kind: bytes, body: bytes | memoryview, files: Sequence[str] = ()
+    job: Job[Any],
+    kind: bytes,
+    body: bytes | memoryview,
+    files: Sequence[str] = (),
+    *streams: str,
 ) -> Outcome:
     """What a call's reply, as `_payload.run` gives it, makes of its job. Removes `files`."""
-    part = "the exception" if kind == _payload.RAISED else "the return value"
     try:
         answer = _payload.loads(body, files)
-        if kind == _payload.RAISED:
-            return Outcome(Status.FAILED, error=raised(job, *answer))
     except (Exception, SystemExit) as error:  # reading may import modules, and those may exit
-        reason = f"{type(error).__name__}: {_words(error)} (while it was read back)"
-        return Outcome(Status.FAILED, error=unreadable(job, part, reason))
+        reason = f"{described(error)} (while it was read back)"
+        return Outcome(Status.FAILED, error=unreadable(job, "the return value", reason))
     finally:
         for path in files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
     if kind == _payload.VALUE:
         return Outcome(Status.SUCCEEDED, answer)
+    if kind == _payload.RAISED:
+        return Outcome(Status.FAILED, error=_raised_there(job, streams, *answer))
     return Outcome(Status.FAILED, error=unreadable(job, *answer))
+
+
+def _raised_there(
+    job: Job[Any], streams: Sequence[str], blob: bytes, said: str, traceback: str, importing: bool
+) -> JobFailed | PayloadError:
+    try:
+        error = _payload.loads(blob)
+        if importing:
+            return not_imported(job, error, traceback, *streams)
+        return raised(job, error, traceback)
+    except (Exception, SystemExit) as reason:
+        words = f"{described(reason)} (while it was read back); it was {said}"
+        return unreadable(job, "the exception", words, traceback)
 
 
 def signal_name(number: int) -> str:

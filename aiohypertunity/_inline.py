@@ -53,17 +53,24 @@ def run_inline(job: Job[T]) -> Result[T]:
 def _call(job: Job[Any], target: Callable[..., Any] | FunctionRef) -> Outcome:
     try:
         if isinstance(target, FunctionRef):
-            blob = _payload.name_function(target.name, path=target.path, module=target.module)
             with _as_it_was():
-                return Outcome(
-                    Status.SUCCEEDED, _payload.call(_payload.load_function(blob), job.args)
-                )
+                return _call_named(job, target)
         return Outcome(Status.SUCCEEDED, _payload.call(target, job.args))
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception as error:
         failed = _failures.raised(job, error, traceback.format_exc())
         return Outcome(Status.FAILED, error=failed)
+
+
+def _call_named(job: Job[Any], target: FunctionRef) -> Outcome:
+    blob = _payload.name_function(target.name, path=target.path, module=target.module)
+    try:
+        function = _payload.load_function(blob)
+    except (Exception, SystemExit) as error:
+        failed = _failures.not_imported(job, error, traceback.format_exc())
+        return Outcome(Status.FAILED, error=failed)
+    return Outcome(Status.SUCCEEDED, _payload.call(function, job.args))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ has never heard of it gets this file as source.
 
 A *function blob* is a kind byte and a body: a cloudpickle of a callable, or the JSON name of a
 function in a script or module. A *payload* is a pickle of the arguments. A *reply* is one of three
-kinds (`VALUE`, `RAISED`, `UNREADABLE`) and a pickle. Large buffers (numpy arrays and whatever else
+kinds (`VALUE`, `RAISED`, `UNREADABLE`) and a pickle. What was raised has a pickle of its own in it: it may not
+come back, and what it said must. Large buffers (numpy arrays and whatever else
 speaks pickle protocol 5) travel beside a pickle, in files that the reader maps copy-on-write.
 """
 
@@ -26,7 +27,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 VALUE, RAISED, UNREADABLE = b"v", b"x", b"p"
-"""Replies: the pickled return value; (exception, traceback); (part, reason, traceback)."""
+"""Replies: the pickled return value; (pickled exception, its type and words, traceback, whether the call's script or
+module was being imported); (part, reason, traceback)."""
 
 LARGE = 1 << 20
 """Buffers of at least this many bytes travel beside the pickle."""
@@ -263,6 +265,11 @@ def run(
         part = "the arguments"
         args = get_args()
     except BaseException as error:
+        importing = _importing(error)
+        if importing or _importing(
+            error.__cause__
+        ):  # a node has words of its own for what is missing there
+            return raised(error, importing or error.__traceback__, importing=True)
         return unreadable(part, error)
     try:
         value = call(function, args)
@@ -289,18 +296,50 @@ def call(function: Callable[..., Any], args: Any) -> Any:
     return value
 
 
-def raised(error: BaseException) -> tuple[bytes, bytes, list[str]]:
-    """The reply of a call that raised."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_globals.get("__name__") == __name__:
+def raised(
+    error: BaseException, frames: types.TracebackType | None = None, *, importing: bool = False
+) -> tuple[bytes, bytes, list[str]]:
+    """The reply of a call that raised.
+
+    Args:
+        error: What it raised.
+        frames: Its traceback, where not all of it is of interest.
+        importing: Whether the call's script or module was being imported.
+    """
+    frames = frames or error.__traceback__
+    less = {__name__, "importlib"} if importing else {__name__}
+    while frames is not None and _package(frames.tb_frame) in less:
         frames = frames.tb_next  # less our own
     text = "".join(traceback.format_exception(type(error), error, frames))
+    said = described(error)
     try:
-        blob = dumps((error, text), "the exception", None)[0]
+        blob = dumps(error, "the exception", None)[0]
     except Exception as reason:
         name = f"the exception ({type(error).__qualname__})"
-        return UNREADABLE, pickle.dumps((name, str(reason), text)), []
-    return RAISED, blob, []
+        return UNREADABLE, pickle.dumps((name, f"{reason}; it was {said}", text)), []
+    return RAISED, pickle.dumps((blob, said, text, importing)), []
+
+
+def _package(frame: types.FrameType) -> str:
+    name = str(frame.f_globals.get("__name__"))
+    return "importlib" if name.startswith("importlib.") else name
+
+
+def _importing(error: BaseException | None) -> types.TracebackType | None:
+    """The part of a traceback in which a function is found by its name."""
+    frames = None if error is None else error.__traceback__
+    while frames is not None and frames.tb_frame.f_code is not _find_function.__code__:
+        frames = frames.tb_next
+    return frames
+
+
+def described(error: BaseException) -> str:
+    """The type and the words of an exception."""
+    try:
+        words = str(error)
+    except Exception:
+        words = "(its __str__ fails)"
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def unreadable(part: str, error: BaseException) -> tuple[bytes, bytes, list[str]]:

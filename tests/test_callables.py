@@ -6,6 +6,7 @@ import asyncio
 import functools
 import gc
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -327,17 +328,40 @@ class TestFunctionsInScripts:
         script(tmp_path / edited, texts[edited])
         assert (await run(scheduler, f"{path}:f")).data == 2
 
-    async def test_a_script_that_fails_to_load(self, scheduler: Scheduler, tmp_path: Path) -> None:
-        """Or exits at its top: an error that says so, and the scheduler lives."""
-        for text, word in (
-            ("import no_such_thing", "no_such_thing"),
-            ("import sys; sys.exit(3)", "3"),
-        ):
-            path = script(tmp_path / "broken_script.py", f"{text}\ndef f(): pass")
-            result = await run(scheduler, f"{path}:f")
-            assert not result.ok
-            assert word in str(result.error)
-        assert (await run(scheduler, tasks.pid)).ok
+    @pytest.mark.parametrize("inline", [False, True])
+    @pytest.mark.parametrize(
+        ("text", "kind", "words"),
+        [
+            (
+                "import no_such_thing",
+                ModuleNotFoundError,
+                "importing broken_script.py for job .* raised",
+            ),
+            ("import sys; sys.exit(3)", SystemExit, r"broken_script.py exited with 3 .*__main__"),
+            ("del f", AttributeError, "has no attribute 'f'"),
+        ],
+    )
+    async def test_a_script_that_fails_to_load(
+        self, scheduler: Scheduler, tmp_path: Path, text: str, kind: type, words: str, inline: bool
+    ) -> None:
+        """Is that job's failure, with what was raised for its cause; the scheduler lives."""
+        path = script(tmp_path / "broken_script.py", f"def f(): pass\n{text}")
+        job = Job(f"{path}:f")
+        result = job() if inline else await scheduler.dispatch(job)[0]
+        assert isinstance(result.error, JobFailed)
+        assert re.search(words, str(result.error))
+        assert type(result.error.__cause__) is kind
+        if not inline:
+            assert "aiohypertunity" not in str(result.error.__cause__.__cause__)
+            assert (await run(scheduler, tasks.pid)).ok
+
+    async def test_a_script_without_a_main_guard(
+        self, scheduler: Scheduler, tmp_path: Path
+    ) -> None:
+        """The error has the last words of the script."""
+        text = "import argparse\nargparse.ArgumentParser().parse_args(['--lr=1'])\ndef f(): pass"
+        result = await run(scheduler, f"{script(tmp_path / 'no_guard.py', text)}:f")
+        assert "unrecognized arguments: --lr=1" in str(result.error)
 
     async def test_a_script_that_is_gone(self, scheduler: Scheduler, tmp_path: Path) -> None:
         """Removed between the making of the job and its dispatch, directory and all."""
@@ -347,7 +371,7 @@ class TestFunctionsInScripts:
         path.unlink()
         path.parent.rmdir()
         result = await scheduler.dispatch(job)[0]
-        assert isinstance(result.error, PayloadError)
+        assert isinstance(result.error, JobFailed)
         assert "gone_script.py" in str(result.error)
 
 

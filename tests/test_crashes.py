@@ -208,6 +208,22 @@ class TestUnpicklable:
             assert part in str(result.error)
         assert result.attempts == attempts
 
+    @pytest.mark.parametrize(
+        ("task", "said"),
+        [
+            (tasks.raise_awkward, "it was Awkward: awkward"),
+            (tasks.raise_lock, "it was ValueError: <"),
+        ],
+    )
+    async def test_what_was_raised_is_told_all_the_same(
+        self, scheduler: Scheduler, task: Any, said: str
+    ) -> None:
+        """In the words of an exception that doesn't come back, and with its traceback."""
+        error = (await run(scheduler, task)).error
+        assert said in str(error)
+        assert isinstance(error, PayloadError)
+        assert f"in {task.__name__}" in str(error.__cause__)
+
     async def test_a_function_that_cannot_be_pickled(self, scheduler: Scheduler) -> None:
         """The variable that it drags along is named."""
         stream = (i for i in ())

@@ -93,8 +93,11 @@ def test_whatever_a_call_raises_is_caught(error: BaseException) -> None:
     def raising() -> None:
         raise error
 
-    kind, (raised, text) = there_and_back(raising)
+    kind, (blob, said, text, importing) = there_and_back(raising)
+    raised = pickle.loads(blob)
     assert kind == RAISED
+    assert not importing
+    assert said == f"{type(error).__name__}: {error}".removesuffix(": ")
     assert type(raised) is type(error)
     assert raised.args == error.args
     assert "in raising" in text
@@ -118,9 +121,10 @@ def raise_unpicklable() -> None:
 
 def test_an_exception_that_cannot_be_pickled() -> None:
     """The part is named, and its traceback is still told."""
-    kind, (part, _, text) = there_and_back(raise_unpicklable)
+    kind, (part, reason, text) = there_and_back(raise_unpicklable)
     assert kind == UNREADABLE
     assert part == "the exception (ValueError)"
+    assert "it was ValueError: <unlocked _thread.lock" in reason
     assert "in raise_unpicklable" in text
 
 
