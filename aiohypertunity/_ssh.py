@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import io
 import logging
@@ -40,7 +41,7 @@ import asyncssh
 from ._address import Address
 from ._errors import TransportError
 from ._events import LinkDown, LinkUp
-from ._threads import in_thread
+from ._threads import in_thread, start_thread
 from ._transports import Done, LinkLost
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ _KEEPALIVE, _KEEPALIVES = 15.0, 3
 
 _CONNECT, _LOGIN, _TYPING = 10.0, 30.0, 120.0
 """Seconds that a connection, a log-in, and a log-in for which somebody types may take."""
+
+_FIRST = 30.0
+"""Seconds for which a host that never answered is tried: it may be down, but it may be a slip as well."""
 
 _LONGEST_PAUSE = 15.0
 _SMALL, _LARGE = 16 << 10, 8 << 20
@@ -86,7 +90,10 @@ class SSH:
         self._link = _Link(self._address, dict(connect or {}), emit)
         self._slots = _Slots(_CHANNELS)
         self._mark = f"aiohypertunity-{secrets.token_hex(8)}"
+        self._has_answered = False
         self._n_mute = 0
+        self._patience = _Patience()
+        self._opening: set[asyncio.Future[_Process]] = set()
         self._parts: dict[str, _Part] = {}
         self._directory: str | None = None
 
@@ -98,7 +105,7 @@ class SSH:
     async def run(self, command: str, *, stdin: str = "", timeout: float) -> Done:
         """As `Transport.run`. What it takes to have a channel doesn't count for `timeout`."""
         feed = (lambda: _once(stdin.encode())) if stdin else None
-        said = await self._exchange(command, feed, timeout, frame=_in_one_piece)
+        said = await self._exchange(command, feed, timeout, once=True)
         stdout, _, words = said.stdout.rpartition(f"\n{self._mark} stderr\n".encode())
         stderr, _, status = words.rpartition(b"\n")
         return Done(int(status), stdout.decode(errors="replace"), stderr.decode(errors="replace"))
@@ -205,6 +212,7 @@ class SSH:
             if not piece:
                 raise self._muted(process, seen)
             seen += piece
+        self._answered()
         return seen.partition(mark)[2]
 
     async def _read_block(self, process: _Process) -> bytes:
@@ -234,6 +242,8 @@ class SSH:
     async def aclose(self) -> None:
         """As `Transport.aclose`."""
         await self._link.aclose()
+        if self._opening:
+            await asyncio.wait(self._opening)
         if self._directory is not None:
             await in_thread(shutil.rmtree, self._directory, True)  # whatever is in the way
 
@@ -245,24 +255,53 @@ class SSH:
         stdin: Callable[[], AsyncIterator[bytes]] | None = None,
         timeout: float | None = None,
         *,
-        frame: Callable[..., str] | None = None,
+        once: bool = False,
     ) -> _Said:
-        """Runs a command; again, if its channel was dropped before it began."""
+        """Runs a command; again, if its channel was dropped before it began to speak.
+
+        Args:
+            command: For a POSIX shell.
+            stdin: What it reads.
+            timeout: Seconds after which it is ended.
+            once: It mustn't run twice, and is to say what it says in one piece of text.
+        """
         if stdin is None and len(command) > _LONGEST_COMMAND:
             long = os.fsencode(command)
             command, stdin = 'eval "$(cat)"', lambda: _once(long)
-        script = (frame or _marked)(command, self._mark, with_stdin=stdin is not None)
-        while True:
+        frame = _in_one_piece if once else _marked
+        script = frame(command, self._mark, with_stdin=stdin is not None)
+        for is_last in (*[once] * (_MUTE - 1), True):
             async with self._channel(script) as process:
                 try:
                     async with asyncio.timeout(timeout):
                         return await self._talk(process, stdin and stdin())
                 except TimeoutError:
-                    if not await self._link.answers():
+                    # Its place is for the question whether anybody is there.
+                    await _end(process)
+                    if not await self._answers():
                         raise LinkLost(f"{self.host} doesn't answer") from None
                     raise
-                except _NotBegun:
-                    continue
+                except _Mute as error:
+                    if is_last:
+                        # It may have begun all the same: what it said may be lost with its channel.
+                        raise LinkLost(str(error)) from None
+        raise AssertionError("unreachable")
+
+    async def _answers(self) -> bool:
+        """Whether the host says anything at all; the connection is given up if not."""
+        connection = self._link.current
+        if connection is None:
+            return False
+        try:
+            async with asyncio.timeout(5):
+                process = await self._create(connection, "exit 0")
+                process.close()
+        except asyncssh.ChannelOpenError:
+            return not connection.is_closed()
+        except (TimeoutError, *_TROUBLE):
+            connection.abort()
+            return False
+        return True
 
     @asynccontextmanager
     async def _channel(
@@ -279,29 +318,54 @@ class SSH:
 
     async def _open(self, command: str, give_way: Callable[[], None] | None) -> _Process:
         n_refused = 0
+        await asyncio.sleep(self._patience.pause())
         while True:
             await self._slots.acquire(give_way)
-            connection = None
+            release = functools.partial(self._slots.release, give_way)
             try:
                 connection = await self._link.connection()
-                return await connection.create_process(command, encoding=None)
+            except BaseException:
+                release()
+                raise
+            try:
+                return await self._create(connection, command, release)
             except asyncssh.ChannelOpenError as error:
-                self._slots.release(give_way)
-                if connection is None or connection.is_closed():
+                if connection.is_closed():
                     raise LinkLost(f"the link to {self.host} failed: {error}") from error
                 n_refused += 1
                 if n_refused > 1:
                     # Twice is no accident: so many are too many.
                     self._slots.shrink()
-                if n_refused > _PATIENCE:
-                    raise TransportError(f"{self.host} opens no channel: {error}") from error
+                if n_refused > _REFUSALS:
+                    words = f"{self.host} opens no channel: {error}"
+                    raise self._trouble(words, final=not self._has_answered) from error
                 await asyncio.sleep(0.05 * n_refused)
             except _TROUBLE as error:
-                self._slots.release(give_way)
                 raise LinkLost(f"the link to {self.host} failed: {error}") from error
-            except BaseException:
-                self._slots.release(give_way)
-                raise
+
+    async def _create(
+        self,
+        connection: asyncssh.SSHClientConnection,
+        command: str,
+        release: Callable[[], None] = lambda: None,
+    ) -> _Process:
+        """Opens a channel, or releases its place: when it has opened and is closed, if that was cancelled."""
+        opening = asyncio.ensure_future(connection.create_process(command, encoding=None))
+        try:
+            return await asyncio.shield(opening)
+        except BaseException:
+            self._opening.add(opening)
+            if opening.done():
+                self._close_late(release, opening)
+            else:
+                opening.add_done_callback(functools.partial(self._close_late, release))
+            raise
+
+    def _close_late(self, release: Callable[[], None], opening: asyncio.Future[_Process]) -> None:
+        self._opening.discard(opening)
+        release()
+        if not opening.cancelled() and opening.exception() is None:
+            opening.result().close()
 
     async def _talk(self, process: _Process, stdin: AsyncIterator[bytes] | None) -> _Said:
         try:
@@ -317,31 +381,42 @@ class SSH:
         failed = None if feeding.cancelled() else feeding.exception()
         if failed is not None:
             raise failed
-        begin, end = f"\n{self._mark}\n".encode(), f"\n{self._mark} ".encode()
-        noise, began, rest = out.partition(begin)
-        if not began:
-            raise self._muted(process, noise + err)
-        body, ended, status = rest.rpartition(end)
-        if not ended or not status.endswith(b"\n"):
+        if len(out) > _PIECE:
+            said = await in_thread(_between, out, err, self._mark)
+        else:
+            said = _between(out, err, self._mark)
+        if said is None:
+            raise self._muted(process, out + err)
+        self._answered()
+        if said.status < 0:
             raise self._link.lost_in(process)
-        self._n_mute = 0
-        return _Said(int(status), body, err.partition(begin)[2])
+        return said
 
     def _muted(self, process: _Process, words: bytes) -> TransportError:
-        """It ended before it began: a channel that was dropped, or a host that runs no commands."""
+        """It ended before it spoke: a channel that was dropped, or a host that runs no commands."""
         if self._link.is_down:
             return self._link.lost_in(process)
         self._n_mute += 1
-        if self._n_mute < _MUTE:
-            return _NotBegun(f"{self.host} dropped a channel")
         said = words.decode(errors="replace").strip()[-500:] or "it says nothing"
-        return TransportError(f"{self.host} runs no commands: {said}")
+        if self._has_answered or self._n_mute < _MUTE:
+            return self._trouble(f"{self.host} dropped a channel: {said}", final=False)
+        return self._trouble(f"{self.host} runs no commands: {said}", final=True)
+
+    def _trouble(self, words: str, *, final: bool) -> TransportError:
+        self._patience.failed()
+        return TransportError(words) if final else _Mute(words)
+
+    def _answered(self) -> None:
+        self._has_answered = True
+        self._n_mute = 0
+        self._patience.succeeded()
+        self._link.answered()
 
 
 if TYPE_CHECKING:
     _Process = asyncssh.SSHClientProcess[bytes]
 
-_PATIENCE = 20
+_REFUSALS = 20
 """How many times in a row a channel may be refused."""
 
 _LONGEST_COMMAND = 16 << 10
@@ -351,14 +426,20 @@ _NOT_FOUND = 127
 """What a shell says of a program that isn't there."""
 
 _MUTE = 5
-"""How many in a row may be dropped before they begin."""
+"""How many in a row may be dropped before they speak."""
 
 
-class _NotBegun(LinkLost):
-    """A channel was dropped before its command began."""
+class _Mute(LinkLost):
+    """A channel was dropped before its command spoke, or didn't open."""
 
 
 class _Said(NamedTuple):
+    """What a command said, between its marks.
+
+    Attributes:
+        status: Its exit code; negative if the second mark is missing.
+    """
+
     status: int
     stdout: bytes
     stderr: bytes
@@ -368,6 +449,17 @@ class _Said(NamedTuple):
         """The end of its stderr, on one line."""
         lines = self.stderr.decode(errors="replace").splitlines()
         return "; ".join(line.strip() for line in lines[-5:]) or f"exit code {self.status}"
+
+
+def _between(out: bytes, err: bytes, mark: str) -> _Said | None:
+    """What was said between the marks; None if not even the first is there."""
+    begin, end = f"\n{mark}\n".encode(), f"\n{mark} ".encode()
+    began, ended = out.find(begin), out.rfind(end)
+    if began < 0:
+        return None
+    status = out[ended + len(end) :] if ended >= began else b""
+    number = int(status) if status.endswith(b"\n") else -1
+    return _Said(number, out[began + len(begin) : ended], err.partition(begin)[2])
 
 
 class _Lines:
@@ -499,6 +591,28 @@ class _Slots:
             _LOG.info("the server takes %d channels at a time", self._limit)
 
 
+class _Patience:
+    """How long to wait before the next attempt: the longer they have failed, the longer."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def failed(self) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def succeeded(self) -> None:
+        self._since = None
+
+    def pause(self) -> float:
+        """Seconds."""
+        if self._since is None:
+            return 0.0
+        pause = min(max((time.monotonic() - self._since) / 8, 0.1), _LONGEST_PAUSE)
+        # Not all that lost the same host at the same moment are to come back at the same moment.
+        return pause * random.uniform(0.75, 1.0)  # noqa: S311
+
+
 class _Link:
     """The connection, made when it's first needed and again whenever it was lost."""
 
@@ -506,22 +620,31 @@ class _Link:
         self, address: Address, options: dict[str, Any], emit: Callable[[Event], None]
     ) -> None:
         self._address = address
-        self._prompt = options.pop("prompt", None)
+        prompt = options.pop("prompt", None)
+        self._questions = None if prompt is None else _Questions(prompt)
         self._make_client = options.pop("client_factory", None)
-        self._options = _with_defaults(address, options, typing=self._prompt is not None)
+        self._options = options
         self._emit = emit
         self._connection: asyncssh.SSHClientConnection | None = None
         self._attempt: asyncio.Task[asyncssh.SSHClientConnection] | None = None
-        self._down_since: float | None = None
+        self._patience = _Patience()
+        self._first_tried: float | None = None
+        self._is_reported_down = False
         self._was_up = False
         self._is_closing = False
         self._slow = False
-        self.unknown: tuple[str, int, asyncssh.SSHKey] | None = None
-        self.secret_given = "password" in options
+        self._secret_given = "password" in options
+
+    @property
+    def current(self) -> asyncssh.SSHClientConnection | None:
+        """The connection, if it stands."""
+        if self._connection is not None and self._connection.is_closed():
+            self.connection_lost(self._connection, None)
+        return self._connection
 
     @property
     def is_down(self) -> bool:
-        return self._connection is None
+        return self.current is None
 
     async def connection(self) -> asyncssh.SSHClientConnection:
         """The connection; made, if there's none, by one attempt for all who ask meanwhile.
@@ -530,28 +653,13 @@ class _Link:
             LinkLost: It can't be made now.
             TransportError: It can't be made, and trying again wouldn't help.
         """
-        if self._connection is not None:
-            return self._connection
+        connection = self.current
+        if connection is not None:
+            return connection
         if self._attempt is None or self._attempt.done():
             self._attempt = asyncio.get_running_loop().create_task(self._connect())
             self._attempt.add_done_callback(_look_at)
         return await asyncio.shield(self._attempt)
-
-    async def answers(self) -> bool:
-        """Whether the host says anything at all; the connection is given up if not."""
-        connection = self._connection
-        if connection is None:
-            return False
-        try:
-            async with asyncio.timeout(5):
-                process = await connection.create_process("exit 0")
-                process.close()
-        except asyncssh.ChannelOpenError:
-            return not connection.is_closed()
-        except (TimeoutError, *_TROUBLE):
-            connection.abort()
-            return False
-        return True
 
     def lost_in(self, process: _Process) -> LinkLost:
         """What to say when a channel ended too early."""
@@ -560,8 +668,14 @@ class _Link:
             return LinkLost(f"the link to {host} failed")
         return LinkLost(f"{host} dropped a channel (exit status {process.exit_status})")
 
+    def answered(self) -> None:
+        """It does what it's there for: only then the next trouble is a new one."""
+        self._patience.succeeded()
+
     async def aclose(self) -> None:
         self._is_closing = True
+        if self._questions is not None:
+            self._questions.close()
         if self._attempt is not None:
             self._attempt.cancel()
             await asyncio.wait([self._attempt])
@@ -571,87 +685,138 @@ class _Link:
                 await self._connection.wait_closed()
 
     async def _connect(self) -> asyncssh.SSHClientConnection:
-        await asyncio.sleep(self._pause())
-        self.unknown = None
-        try:
-            connection = await asyncssh.connect(
-                self._address.host, client_factory=self._client, **self._options
-            )
-        except Exception as error:
-            raise self._judge(error) from error
+        if self._first_tried is None:
+            self._first_tried = time.monotonic()
+        pause = self._patience.pause()
+        await asyncio.sleep(max(pause, _LONGEST_PAUSE) if pause and self._slow else pause)
+        if self._questions is not None:
+            await self._questions.answered()
+        connection = await self._dial(self._address, self._options)
+        if connection.is_closed():
+            raise self._lose(f"{self._address.host} closed the connection after the log-in")
         self._connection = connection
         self._was_up, self._slow = True, False
-        if self._down_since is not None:
-            self._down_since = None
+        if self._is_reported_down:
+            self._is_reported_down = False
             _LOG.info("the link to %s stands again", self._address.host)
             self._emit(LinkUp(self._address.host, time.time()))
         return connection
 
-    def _pause(self) -> float:
-        """Seconds before the next attempt: the longer it has been down, the more patient."""
-        if self._down_since is None:
-            return 0.0
-        pause = min(max((time.monotonic() - self._down_since) / 8, 0.1), _LONGEST_PAUSE)
-        if self._slow:
-            pause = max(pause, _LONGEST_PAUSE)
-        # Not all that lost the same host at the same moment are to come back at the same moment.
-        return pause * random.uniform(0.75, 1.0)  # noqa: S311
+    async def _dial(
+        self,
+        address: Address,
+        options: dict[str, Any],
+        via: asyncssh.SSHClientConnection | None = None,
+        through: frozenset[str] = frozenset(),
+    ) -> asyncssh.SSHClientConnection:
+        """Logs in to a host, and before that to those on the way to it.
 
-    def _judge(self, error: Exception) -> TransportError:
+        Args:
+            address: The host.
+            options: For `asyncssh.connect`.
+            via: The last host on the way, if it's known already.
+            through: Those for which this one is on the way.
+        """
+        facts = _Facts(address.host, address.port or 22)
+        try:
+            way = await in_thread(_resolve, address, options, self._questions is not None)
+            facts = _Facts(address.host, way.port, way.known_hosts)
+            hop = via
+            if hop is None and isinstance(way.tunnel, str) and address.host not in through:
+                for name in way.tunnel.split(","):
+                    hop = await self._dial(
+                        Address.parse(name), _for_hop(options), hop, through | {address.host}
+                    )
+            try:
+                connection = await self._log_in(way, facts, hop, is_hop=bool(through))
+            except BaseException:
+                if hop is not None:
+                    hop.close()
+                raise
+        except TransportError:
+            raise
+        except Exception as error:
+            raise self._judge(error, facts) from error
+        if hop is not None:
+            connection.set_tunnel(hop)  # which ends with it
+        return connection
+
+    async def _log_in(
+        self, way: _Way, facts: _Facts, hop: asyncssh.SSHClientConnection | None, *, is_hop: bool
+    ) -> asyncssh.SSHClientConnection:
+        tunnel = hop if hop is not None or isinstance(way.tunnel, str) else way.tunnel
+        async with asyncio.timeout(way.patience) as deadline:
+            return await asyncssh.connect(
+                tunnel=tunnel,
+                client_factory=lambda: self._client(facts, deadline, is_hop=is_hop),
+                **way.options,
+            )
+
+    def _judge(self, error: Exception, facts: _Facts) -> TransportError:
         """What a log-in that failed means: to try again, or not."""
-        where = self._address.host
+        where = facts.host
+        words = str(error) or ("no answer" if isinstance(error, TimeoutError) else repr(error))
         if isinstance(error, asyncssh.HostKeyNotVerifiable):
-            return TransportError(self._unknown(error))
+            return TransportError(facts.distrust(words))
         if isinstance(error, asyncssh.PermissionDenied):
-            if self._was_up and not self.secret_given:
+            if self._was_up and not self._secret_given:
                 # It knew us: it may still be booting. What somebody typed isn't tried again, though.
                 self._slow = True
                 return self._lose(f"{where} doesn't let us in at present: {error}")
             return TransportError(f"{where} doesn't let us in: {error}")
-        if isinstance(error, socket.gaierror) and not self._was_up:
-            return TransportError(f"there is no host {where!r}: {error.strerror}")
         if isinstance(error, asyncssh.KeyExchangeFailed | asyncssh.ProtocolNotSupported):
             return TransportError(f"can't talk with {where}: {error}")
-        if isinstance(error, OSError | asyncssh.Error):
-            words = str(error) or type(error).__name__
+        if not isinstance(error, OSError | asyncssh.Error):
+            # A key that can't be read, an option that makes no sense.
+            return TransportError(f"can't log in to {where}: {error}")
+        if self._questions is not None and self._questions.is_open:
+            self._first_tried = None
+            return self._lose(f"{where} waits for somebody to answer: {words}")
+        if self._was_up:
             return self._lose(f"can't reach {where}: {words}")
-        # A key that can't be read, an option that makes no sense.
-        return TransportError(f"can't log in to {where}: {error}")
+        if isinstance(error, socket.gaierror):
+            return TransportError(f"there is no host {where!r}: {error.strerror}")
+        if isinstance(error, OSError) and (error.filename or isinstance(error, _WRONG_FILE)):
+            return TransportError(f"can't log in to {where}: {error}")
+        if self._first_tried is None or time.monotonic() - self._first_tried < _FIRST:
+            return self._lose(f"can't reach {where}, port {facts.port}: {words}")
+        self._first_tried = None
+        return TransportError(f"can't reach {where}, port {facts.port}, in {_FIRST:g} s: {words}")
 
-    def _unknown(self, error: asyncssh.HostKeyNotVerifiable) -> str:
-        if self.unknown is None:
-            return f"{error}: known_hosts must have its key, as for ssh itself"
-        host, port, key = self.unknown
-        name = host if port == 22 else f"[{host}]:{port}"
-        return (
-            f"the key of {name} isn't in known_hosts, so it may be anybody's. If its fingerprint "
-            f"{key.get_fingerprint()} is the one that its owners give, add this line to "
-            f"~/.ssh/known_hosts (ssh-keyscan -p {port} {host} prints it, too):\n"
-            f"{name} {key.export_public_key().decode().strip()}"
-        )
-
-    def _client(self) -> asyncssh.SSHClient:
-        if self._make_client is not None:
+    def _client(
+        self, facts: _Facts, deadline: asyncio.Timeout, *, is_hop: bool
+    ) -> asyncssh.SSHClient:
+        if self._make_client is not None and not is_hop:
             inner = self._make_client()
-        elif self._prompt is not None:
-            inner = _Answering(self._prompt, self)
+        elif self._questions is not None:
+            self._questions.prefix = f"{facts.host}: " if is_hop else ""
+            inner = _Answering(self._questions, self._gave_secret)
         else:
             inner = asyncssh.SSHClient()
-        return _Client(inner, self)  # type: ignore[return-value]  # it has all its methods
+        return _Client(inner, self, facts, deadline)  # type: ignore[return-value]  # it has all its methods
 
-    def connection_lost(self, error: Exception | None) -> None:
-        """A connection is gone; it may be one that never stood."""
-        if self._connection is None or self._is_closing:
+    def _gave_secret(self) -> None:
+        self._secret_given = True
+
+    def connection_lost(
+        self, connection: asyncssh.SSHClientConnection | None, error: Exception | None
+    ) -> None:
+        """A connection is gone; it may be one that never stood, or another one."""
+        if connection is None or connection is not self._connection or self._is_closing:
             return
         self._connection = None
         self._lose(str(error) if error is not None else "the host closed it")
 
     def _lose(self, reason: str) -> LinkLost:
-        if self._down_since is None:
-            self._down_since = time.monotonic()
+        self._patience.failed()
+        if not self._is_reported_down:
+            self._is_reported_down = True
             _LOG.warning("the link to %s is down: %s", self._address.host, reason)
             self._emit(LinkDown(self._address.host, time.time(), reason))
         return LinkLost(reason)
+
+
+_WRONG_FILE = (FileNotFoundError, PermissionError)
 
 
 def _look_at(attempt: asyncio.Task[Any]) -> None:
@@ -660,56 +825,232 @@ def _look_at(attempt: asyncio.Task[Any]) -> None:
         attempt.exception()
 
 
-def _with_defaults(address: Address, options: dict[str, Any], *, typing: bool) -> dict[str, Any]:
-    defaults: dict[str, Any] = {
-        "keepalive_interval": _KEEPALIVE,
-        "keepalive_count_max": _KEEPALIVES,
-        "connect_timeout": _CONNECT,
-        "login_timeout": _TYPING if typing else _LOGIN,
-        # Quicker by half than asyncssh's first choice.
-        "encryption_algs": "^aes128-gcm@openssh.com,aes256-gcm@openssh.com",
-    }
+class _Way(NamedTuple):
+    """How to log in to a host, by options, OpenSSH's configuration and our defaults, in this order.
+
+    Attributes:
+        port: Its port.
+        tunnel: The hosts on the way, as ProxyJump has them; or a connection of the user's.
+        known_hosts: Where its key is to be found.
+        patience: Seconds for the connection; a log-in has its own.
+        options: Of `asyncssh.connect`, less the tunnel.
+    """
+
+    port: int
+    tunnel: object
+    known_hosts: Any
+    patience: float | None
+    options: dict[str, Any]
+
+
+def _resolve(address: Address, options: dict[str, Any], typing: bool) -> _Way:
+    """Looks into the configuration. Blocks."""
+    if "options" in options:
+        raise TransportError(
+            "connect: 'options' is one object for many options: give them one by one"
+        )
+    options = {**options, "host": address.host}
     if address.port is not None:
-        defaults["port"] = address.port
+        options.setdefault("port", address.port)
     if address.user is not None:
-        defaults["username"] = address.user
-    return defaults | options
+        options.setdefault("username", address.user)
+    asked = ("host", "port", "username", "config", "tunnel", "known_hosts", "connect_timeout")
+    found = asyncssh.SSHClientConnectionOptions(
+        client_keys=None, **{name: options[name] for name in asked if name in options}
+    )
+    defaults = {name: ours for name, word, ours in _DEFAULTS if found.config.get(word) is None}
+    defaults["login_timeout"] = _TYPING if typing else _LOGIN
+    known_hosts = _known_hosts(address.host, found.known_hosts, is_ours="known_hosts" in options)
+    # asyncssh's own deadline for the connection would count the log-in, too.
+    options |= {"known_hosts": known_hosts, "connect_timeout": None}
+    options.pop("tunnel", None)
+    return _Way(
+        found.port, found.tunnel, known_hosts, found.connect_timeout or _CONNECT, defaults | options
+    )
+
+
+# What we say unless the user does, and the configuration's word for it.
+_DEFAULTS: tuple[tuple[str, str, Any], ...] = (
+    ("keepalive_interval", "ServerAliveInterval", _KEEPALIVE),
+    ("keepalive_count_max", "ServerAliveCountMax", _KEEPALIVES),
+    # Quicker by half than asyncssh's first choice.
+    ("encryption_algs", "Ciphers", "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"),
+)
+
+
+def _known_hosts(host: str, known_hosts: Any, *, is_ours: bool) -> Any:
+    """Where to find a host's key: never nowhere, which asyncssh would take for a host that needs none."""
+    if known_hosts is None:
+        raise TransportError(
+            f"known_hosts of {host} is none, in connect or as UserKnownHostsFile in ~/.ssh/config: "
+            "anybody could take its place; name a file of keys"
+        )
+    if is_ours:
+        return known_hosts
+    files = [os.path.expanduser(name) for name in known_hosts or ["~/.ssh/known_hosts"]]
+    return [name for name in files if os.access(name, os.R_OK)] or b""
+
+
+_OF_ONE_HOST = {"host", "port", "username", "password", "tunnel", "proxy_command", "sock"}
+_OF_ONE_HOST |= {"host_key_alias", "local_addr", "family"}
+
+
+def _for_hop(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that are good for the hosts on the way, too; a password isn't."""
+    return {name: value for name, value in options.items() if name not in _OF_ONE_HOST}
+
+
+class _Facts:
+    """What there is to say of a host whose key isn't trusted.
+
+    Args:
+        host: Its name.
+        port: Its port.
+        known_hosts: Where its key is to be found.
+    """
+
+    def __init__(self, host: str, port: int, known_hosts: Any = b"") -> None:
+        self.host = host
+        self.port = port
+        self._known_hosts = known_hosts
+        self._shown: tuple[str, str, int, asyncssh.SSHKey] | None = None
+
+    def show(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> None:
+        """Takes the key that it showed."""
+        self._shown = host, addr, port, key
+
+    def distrust(self, words: str) -> str:
+        """Why it isn't trusted, and what to do."""
+        if self._shown is None:
+            return f"{self.host}: {words}: known_hosts must have its key, as for ssh itself"
+        host, addr, port, key = self._shown
+        name = host if port == 22 else f"[{host}]:{port}"
+        fingerprint = f"fingerprint {key.get_fingerprint()}"
+        if _keys_of(self._known_hosts, host, addr, port):
+            where = " and ".join(self._lines(host, addr, port)) or "known_hosts"
+            return (
+                f"the key of {name} has CHANGED: it isn't the one in {where}. Somebody may be listening in, or "
+                f"the host was installed anew: ask its owners whether {fingerprint} is right, "
+                "and only then remove the old key"
+            )
+        return (
+            f"the key of {name} isn't in known_hosts, so it may be anybody's. If its {fingerprint} "
+            f"is the one that its owners give, add this line to "
+            f"~/.ssh/known_hosts (ssh-keyscan -p {port} {host} prints it, too):\n"
+            f"{name} {key.export_public_key().decode().strip()}"
+        )
+
+    def _lines(self, host: str, addr: str, port: int) -> list[str]:
+        """The lines that have another key for it."""
+        known = self._known_hosts
+        files = [known] if isinstance(known, str) else known if isinstance(known, list) else []
+        found = []
+        for file in files:
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                lines = Path(file).expanduser().read_text(errors="replace").splitlines()
+                for number, line in enumerate(lines, 1):
+                    if _keys_of(line.encode(), host, addr, port):
+                        found.append(f"{file}, line {number}")
+        return found
+
+
+def _keys_of(known_hosts: Any, host: str, addr: str, port: int) -> bool:
+    found = asyncssh.match_known_hosts(known_hosts, host, addr, None if port == 22 else port)
+    return bool(found[0])
 
 
 class _Client:
     """What asyncssh asks and tells, on its way to whom the user named."""
 
-    def __init__(self, inner: asyncssh.SSHClient, link: _Link) -> None:
+    def __init__(
+        self, inner: asyncssh.SSHClient, link: _Link, facts: _Facts, deadline: asyncio.Timeout
+    ) -> None:
         self._inner = inner
         self._link = link
+        self._facts = facts
+        self._deadline = deadline
+        self._connection: asyncssh.SSHClientConnection | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
+    def connection_made(self, connection: asyncssh.SSHClientConnection) -> None:
+        self._connection = connection
+        if not self._deadline.expired():
+            self._deadline.reschedule(None)
+        self._inner.connection_made(connection)
+
     def validate_host_public_key(
         self, host: str, addr: str, port: int, key: asyncssh.SSHKey
     ) -> bool:
-        self._link.unknown = host, port, key
+        self._facts.show(host, addr, port, key)
         return self._inner.validate_host_public_key(host, addr, port, key)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._inner.connection_lost(error)
-        self._link.connection_lost(error)
+        self._link.connection_lost(self._connection, error)
+
+
+class _Questions:
+    """The server's questions, for somebody who may take their time.
+
+    One that is still open when its log-in is over isn't asked again: the next log-in waits for the answer, and takes
+    it. An answer that was given to the server is never used again.
+    """
+
+    def __init__(self, prompt: Callable[[str], Any]) -> None:
+        self._prompt = prompt
+        self._open: tuple[str, asyncio.Future[Any]] | None = None
+        self.prefix = ""
+
+    async def ask(self, words: str) -> str:
+        """The answer to a question."""
+        words = f"{self.prefix}{words}"
+        if self._open is None or self._open[0] != words:
+            await self.answered()
+            self._open = words, self._begin(words)
+        answer = self._open[1]
+        try:
+            return str(await asyncio.shield(answer))
+        finally:
+            if answer.done():
+                self._open = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody is still to answer."""
+        return self._open is not None and not self._open[1].done()
+
+    def _begin(self, words: str) -> asyncio.Future[Any]:
+        if inspect.iscoroutinefunction(self._prompt):
+            answering: asyncio.Future[Any] = asyncio.ensure_future(self._prompt(words))
+            return answering
+        # The process may end though nobody has answered.
+        return asyncio.wrap_future(start_thread(self._prompt, words, endless=True))
+
+    async def answered(self) -> None:
+        """Waits until no question is open."""
+        if self._open is not None:
+            await asyncio.wait([self._open[1]])
+
+    def close(self) -> None:
+        """Asks no more."""
+        if self._open is not None:
+            self._open[1].cancel()
 
 
 class _Answering(asyncssh.SSHClient):
     """Hands the server's questions on, each log-in's once: a wrong answer isn't repeated unasked."""
 
-    def __init__(self, prompt: Callable[[str], Any], link: _Link) -> None:
-        self._prompt = prompt
-        self._link = link
+    def __init__(self, questions: _Questions, gave_secret: Callable[[], None]) -> None:
+        self._questions = questions
+        self._gave_secret = gave_secret
         self._asked = False
 
     async def _answer(self, words: str) -> str:
-        self._link.secret_given = True
-        if inspect.iscoroutinefunction(self._prompt):
-            return str(await self._prompt(words))
-        return str(await in_thread(self._prompt, words))
+        answer = await self._questions.ask(words)
+        self._gave_secret()
+        return answer
 
     def kbdint_auth_requested(self) -> str | None:
         if self._asked:
@@ -754,12 +1095,10 @@ def _marked(command: str, mark: str, *, with_stdin: bool = False) -> str:
 
 
 def _in_one_piece(command: str, mark: str, *, with_stdin: bool = False) -> str:
-    """The same for text, with its stderr and status behind it, said at the end and at once.
-
-    Each piece would be a message of its own.
-    """
+    """The same for text, with its stderr and status behind it, said at once: each piece would be a message."""
     stdin = "" if with_stdin else " </dev/null"
     return f"""\
+printf '\\n{mark}\\n'
 said=$({{
 err=$( (
 {command}
@@ -767,7 +1106,7 @@ err=$( (
 status=$?
 printf '\\n{mark} stderr\\n%s\\n%s' "$err" "$status"
 }} 3>&1)
-printf '\\n{mark}\\n%s\\n{mark} 0\\n' "$said"
+printf '%s\\n{mark} 0\\n' "$said"
 """
 
 

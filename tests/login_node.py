@@ -56,6 +56,7 @@ class LoginNode:
         shell: The user's login shell.
         options: Lines for sshd_config, added or in place of ours; None leaves a line out
             (``{"Subsystem": None}`` is a host without SFTP).
+        host: An address of this machine.
 
     Attributes:
         host: Where it listens.
@@ -73,9 +74,10 @@ class LoginNode:
         env: Mapping[str, str] | None = None,
         shell: str = "/bin/bash",
         options: Mapping[str, str | None] | None = None,
+        host: str = HOST,
     ) -> None:
         self.directory = directory.absolute()
-        self.host = HOST
+        self.host = host
         self.user = f"ht-{secrets.token_hex(4)}"
         self.log = self.directory / f"{self.user}.log"
         self._env = dict(env or {})
@@ -200,6 +202,7 @@ class LoginNode:
         subprocess.run(["mkdir", "-p", "-m", "755", "/run/sshd"], check=True)
         settings: dict[str, str | None] = {
             **SSHD_CONFIG,
+            "ListenAddress": self.host,
             "Port": str(self.port),
             "HostKey": str(self._public / "host_key"),
             "AuthorizedKeysFile": str(self._public / "client_key.pub"),
@@ -213,7 +216,8 @@ class LoginNode:
     def _answers(self, sshd: Daemons) -> bool:
         if sshd.exit_code("sshd") is not None:
             raise ClusterError(f"sshd ended\n{tail(self.log)}")
-        with socket.socket() as attempt:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        with socket.socket(family) as attempt:
             return attempt.connect_ex((self.host, self.port)) == 0
 
 

@@ -191,6 +191,9 @@ async def test_another_key(node: LoginNode, cluster: SlurmCluster, tmp_path: Pat
     slurm = slurm_at(node, cluster, connect={**connect(node), "known_hosts": str(known)})
     result = await result_of(slurm, ht.SlurmJob(abs, (-1,)))
     assert type(result.error) is ht.TransportError
+    assert "has CHANGED" in str(result.error)
+    assert f"{known}, line 1" in str(result.error)
+    assert "add this line" not in str(result.error)
 
 
 def test_trusting_anybody_is_refused() -> None:
