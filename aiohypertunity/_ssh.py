@@ -42,7 +42,7 @@ from ._address import Address
 from ._errors import TransportError
 from ._events import LinkDown, LinkUp
 from ._threads import in_thread, start_thread
-from ._transports import Done, LinkLost
+from ._transports import LONGEST_COMMAND, Done, LinkLost
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -104,7 +104,7 @@ class SSH:
 
     async def run(self, command: str, *, stdin: str = "", timeout: float) -> Done:
         """As `Transport.run`. What it takes to have a channel doesn't count for `timeout`."""
-        feed = (lambda: _once(stdin.encode())) if stdin else None
+        feed = (lambda: _once(os.fsencode(stdin))) if stdin else None
         said = await self._exchange(command, feed, timeout, once=True)
         stdout, _, words = said.stdout.rpartition(f"\n{self._mark} stderr\n".encode())
         stderr, _, status = words.rpartition(b"\n")
@@ -265,7 +265,7 @@ class SSH:
             timeout: Seconds after which it is ended.
             once: It mustn't run twice, and is to say what it says in one piece of text.
         """
-        if stdin is None and len(command) > _LONGEST_COMMAND:
+        if stdin is None and len(command) > LONGEST_COMMAND:
             long = os.fsencode(command)
             command, stdin = 'eval "$(cat)"', lambda: _once(long)
         frame = _in_one_piece if once else _marked
@@ -419,9 +419,6 @@ if TYPE_CHECKING:
 _REFUSALS = 20
 """How many times in a row a channel may be refused."""
 
-_LONGEST_COMMAND = 16 << 10
-"""One argument may have 128 KiB, with five letters for one that isn't harmless."""
-
 _NOT_FOUND = 127
 """What a shell says of a program that isn't there."""
 
@@ -499,7 +496,7 @@ class _Lines:
         process = self._process
         if process is not None and not process.stdin.is_closing():
             with contextlib.suppress(*_TROUBLE):
-                process.stdin.write(f"{line}\n".encode())
+                process.stdin.write(os.fsencode(f"{line}\n"))
 
     def __aiter__(self) -> _Lines:
         return self

@@ -145,6 +145,10 @@ class Transport(Protocol):
         """Lets go of the link."""
 
 
+LONGEST_COMMAND = 16 << 10
+"""Letters of a command; one that is longer goes by stdin. An argument may have 128 KiB, and on its way grow."""
+
+
 class LocalShell:
     """This machine, by /bin/sh."""
 
@@ -152,10 +156,12 @@ class LocalShell:
 
     async def run(self, command: str, *, stdin: str = "", timeout: float) -> Done:
         """As `Transport.run`."""
+        if not stdin and len(command) > LONGEST_COMMAND:
+            command, stdin = 'eval "$(cat)"', command
         process = await _start(command)
         try:
             async with asyncio.timeout(timeout):
-                stdout, stderr = await process.communicate(stdin.encode())
+                stdout, stderr = await process.communicate(os.fsencode(stdin))
         finally:
             await _end(process)
         assert process.returncode is not None
@@ -206,7 +212,7 @@ class _LocalLines:
         stdin = self._process.stdin
         assert stdin is not None
         if not stdin.is_closing():
-            stdin.write(f"{line}\n".encode())
+            stdin.write(os.fsencode(f"{line}\n"))
 
 
 _LONGEST_LINE = 1 << 22
@@ -231,12 +237,20 @@ async def _start(command: str) -> asyncio.subprocess.Process:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, less what Slurm gave us if we are a job ourselves: sbatch would take it for options."""
+    """Ours, less what Slurm's commands would take for options, if we are a job ourselves or not."""
     return {
         name: value
         for name, value in os.environ.items()
-        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_", "SLURMD_"))
+        if name in _WAYS or not name.startswith(_OPTIONS)
     }
+
+
+_OPTIONS = tuple(
+    f"{program}_"
+    for program in ("SLURM", "SLURMD", "SBATCH", "SQUEUE", "SCANCEL", "SACCT", "SINFO", "SCONTROL")
+)
+_WAYS = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}
+"""How to get to Slurm at all."""
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -108,3 +108,13 @@ async def test_no_process_to_be_had_here(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("asyncio.create_subprocess_exec", busy)
     with pytest.raises(LinkLost, match="can't start /bin/sh"):
         await LocalShell().run(":", timeout=10)
+
+
+@pytest.mark.parametrize("where", ["there", "here"])
+async def test_long_command(ssh: SSH, where: str) -> None:
+    """A command may be longer than an argument may be, and hold names that aren't UTF-8."""
+    transport = ssh if where == "there" else LocalShell()
+    done = await transport.run(f"echo {'é' * 200_000} | wc -c; echo end", timeout=20)
+    assert done.stdout.split() == ["400001", "end"]
+    done = await transport.run("od -An -tx1", stdin="\udcff", timeout=20)
+    assert done.stdout.split() == ["ff"]
