@@ -167,7 +167,7 @@ class Element:
         if self.seen is None or self.seen.state != seen.state or self.seen_at <= self.claimed_at:
             self.state_since = at
         self.seen, self.seen_at = seen, at
-        self.missing_since, self.n_missing = None, 0
+        self.missing_since, self.n_missing, self.siblings = None, 0, False
         self.host = seen.node or self.host
 
     def missed(self, at: float, *, siblings: bool) -> None:
@@ -175,7 +175,7 @@ class Element:
         if self.missing_since is None:
             self.missing_since = at
         self.n_missing += 1
-        self.siblings = siblings
+        self.siblings = self.siblings or siblings
 
 
 class Submission:

@@ -34,7 +34,6 @@ class State:
         self._cluster = cluster
         self.queue = Queue()
         self.queued = asyncio.Event()
-        self.submitting: list[Element] = []
         self.submissions: dict[str, Submission] = {}
         self.active = asyncio.Event()
         self.suspects: set[Element] = set()
@@ -56,7 +55,7 @@ class State:
     def unfinished(self) -> list[Element]:
         """All elements that aren't over."""
         submitted = [e for s in self.submissions.values() for e in s.elements]
-        return [e for e in {*self.queue, *self.submitting, *submitted} if not e.done]
+        return [e for e in {*self.queue, *submitted} if not e.done]
 
     @property
     def has_strays(self) -> bool:
@@ -76,7 +75,7 @@ class State:
             element.reason = None
             if not element.done:
                 self.owner.pending(element.entry, None, slurm_id=element.slurm_id)
-            if element.stopping or element.expired:
+            if element.stopping or element.expired or element.disowned:
                 self.cancel(element)
 
     def say_pending(self, elements: Iterable[Element], reason: str | None) -> None:

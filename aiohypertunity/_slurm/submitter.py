@@ -86,7 +86,6 @@ class Submitter:
                     self._state.queue.clear()
                 while group := self._next_group():
                     await self._submit(group)
-                    self._state.submitting = []
 
     async def _settle(self) -> None:
         latest = self._loop.time() + _SETTLE_AT_MOST
@@ -109,8 +108,7 @@ class Submitter:
         if not waiting or room <= 0:
             return []
         longest = self._longest_array or self._cluster.site.max_array
-        self._state.submitting = self._state.queue.take(min(room, _AT_MOST, longest))
-        return self._state.submitting
+        return self._state.queue.take(min(room, _AT_MOST, longest))
 
     def group_of(self, job: SlurmJob[Any] | Any) -> tuple[bool, tuple[str, ...]]:
         """What jobs of one array have in common: whether they are scripts, and their options."""
@@ -248,7 +246,7 @@ class Submitter:
         self._state.forget(submission)
         live = [e for e in submission.elements if not e.done]
         for element in submission.elements:
-            element.submission = None
+            element.submission, element.disowned = None, False
         for element in live:
             if element.stopping:
                 self._state.finish_unstarted(element)
@@ -259,6 +257,7 @@ class Submitter:
 
     def _refuse(self, elements: Iterable[Element], error: SubmitError | TransportError) -> None:
         for element in elements:
+            element.disowned = False
             if element.done:
                 continue
             if element.submission is not None:
