@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import signal as signals
@@ -106,6 +107,13 @@ def out_of_memory(job: Job[Any], *streams: str, signal: int) -> OutOfMemory:
     return OutOfMemory(message, job=job, signal=signal)
 
 
+def of_inputs(error: BaseException, which: str) -> BaseException:
+    """The error of a job of `map`, and which of its inputs were in that job."""
+    error = copy.copy(error)
+    error.args = (f"{which} of map: {error}",)
+    return error
+
+
 def timed_out(job: Job[Any], timeout: float | None, *streams: str) -> JobTimeout:
     """An attempt at `job` was ended for running longer than it may."""
     message = f"{name(job)} ran longer than its timeout of {timeout:g} s and was ended"
@@ -145,6 +153,8 @@ def from_reply(
         for path in files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+    if type(answer) is _payload.FailedChunk:
+        return Outcome(Status.FAILED, answer, from_reply(job, answer.kind, answer.body).error)
     if kind == _payload.VALUE:
         return Outcome(Status.SUCCEEDED, answer)
     if kind == _payload.RAISED:

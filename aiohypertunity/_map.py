@@ -13,15 +13,18 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from . import _failures
 from ._errors import JobCancelled
 from ._jobs import Job
 from ._ledger import Entry, Pool
+from ._payload import FailedChunk, short
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from ._results import Result
 
 R = TypeVar("R")
 
@@ -72,7 +75,8 @@ class Map(Generic[R]):
             1 if chunk == "auto" else chunk,
         )
         self._values: deque[R] = deque()
-        self._error: Exception | None = None
+        self._failed: Entry | None = None
+        self._error: BaseException | None = None
         self._feeder: asyncio.Task[None] | None = None
         self._let_loop_run_at = 0.0
         self._over = False
@@ -84,7 +88,7 @@ class Map(Generic[R]):
         """The next value.
 
         Raises:
-            JobError: What became of the first input that has no value; all that came before it was
+            JobError: What became of the first input that has no value; those of all inputs before it were
                 delivered.
         """
         if not self._values:
@@ -106,7 +110,7 @@ class Map(Generic[R]):
         self._over = True
         if self._feeder is not None:
             self._feeder.cancel()
-            await asyncio.wait([self._feeder])
+            await asyncio.gather(self._feeder, return_exceptions=True)
         _cancel_rest(self._pool, self._cancel)
 
     def starve(self) -> None:
@@ -123,13 +127,13 @@ class Map(Generic[R]):
             await asyncio.sleep(0)
             self._let_loop_run_at = time.monotonic() + _HOLD
         while not self._values:
-            if self._error is not None:
-                await self.aclose()
-                raise self._error
             entry = self._pool.take(ordered=self._ordered)
             if entry is not None:
                 self._source.room.set()
                 self._deliver(entry)
+            elif self._error is not None and not self._awaits_earlier():
+                await self.aclose()
+                raise self._error
             elif self._feeder.done() and not len(self._pool):
                 self._over = True
                 if self._feeder.cancelled():
@@ -154,7 +158,8 @@ class Map(Generic[R]):
                 future.set_result(None)
 
         self._pool.waiters.append(wake)
-        feeder.add_done_callback(wake)
+        if not feeder.done():  # else it would wake at once, again and again
+            feeder.add_done_callback(wake)
         try:
             await future
         finally:
@@ -165,15 +170,36 @@ class Map(Generic[R]):
     def _deliver(self, entry: Entry) -> None:
         result = entry.result
         assert result is not None
-        if result.error is not None:
-            self._error = result.error
+        start, n = self._source.spans.pop(entry)
+        if self._failed is not None and self._failed.seq < entry.seq:
             return
-        values, failure = cast("tuple[list[R], tuple[bytes, bytes] | None]", result.data)
-        self._values.extend(values)
-        if failure is not None:
-            self._error = _failures.from_reply(entry.job, *failure).error
-        elif not self._fixed and result.started_at is not None:
-            self._adapt(len(values), result.finished_at - result.started_at)
+        if result.error is not None:
+            self._fail(entry, result, start, n)
+            return
+        self._values.extend(result.data)
+        if not self._fixed and result.started_at is not None:
+            self._adapt(n, result.finished_at - result.started_at)
+
+    def _fail(self, entry: Entry, result: Result[Any], start: int, n: int) -> None:
+        """Takes no more inputs, and gives up those after the one that failed; those before it go on."""
+        assert result.error is not None
+        inputs: Any = entry.job.args
+        before = vars(result)["_data"]
+        if isinstance(before, FailedChunk):
+            self._values.extend(before.values)
+            which = f"input {start + len(before.values)} ({before.item})"
+        elif n == 1:
+            which = f"input {start} ({short(inputs[0])})"
+        else:
+            which = f"inputs {start} to {start + n - 1}"
+        self._failed, self._error = entry, _failures.of_inputs(result.error, which)
+        self.starve()
+        _cancel_rest(self._pool, self._cancel, entry.seq)
+
+    def _awaits_earlier(self) -> bool:
+        """Whether an input before the one that failed may still give a value."""
+        assert self._failed is not None
+        return any(entry.seq < self._failed.seq for entry in self._pool.unfinished())
 
     def _adapt(self, n: int, seconds: float) -> None:
         """Aims at chunks that take `_CHUNK_SECONDS`, approaching it from below."""
@@ -192,14 +218,21 @@ def _abandon(
         loop.call_soon_threadsafe(_cancel_rest, pool, cancel)
 
 
-def _cancel_rest(pool: Pool, cancel: Callable[[Entry], None]) -> None:
+def _cancel_rest(pool: Pool, cancel: Callable[[Entry], None], after: int = -1) -> None:
     for entry in pool.unfinished():
-        with contextlib.suppress(RuntimeError):  # a joblib backend runs it, and can't stop it
-            cancel(entry)
+        if entry.seq > after:
+            with contextlib.suppress(RuntimeError):  # a joblib backend runs it, and can't stop it
+                cancel(entry)
 
 
 class _Source:
-    """Dispatches inputs in chunks, as there is room for them. Doesn't know who takes the values."""
+    """Dispatches inputs in chunks, as there is room for them. Doesn't know who takes the values.
+
+    Attributes:
+        size: How many inputs the next chunk has.
+        room: Set where a chunk was taken.
+        spans: The position of each chunk's first input, and how many it has.
+    """
 
     def __init__(
         self,
@@ -217,6 +250,8 @@ class _Source:
         self._n_ahead = n_ahead
         self.size = size
         self.room = asyncio.Event()
+        self.spans: dict[Entry, tuple[int, int]] = {}
+        self._n_taken = 0
 
     async def feed(self) -> None:
         """Dispatches chunk after chunk, to the last."""
@@ -228,7 +263,9 @@ class _Source:
             if not inputs:
                 return
             job: Job[Any] = Job(task=self._function, args=(inputs[0],))
-            self._dispatch(job, inputs, self._pool)
+            entry = self._dispatch(job, inputs, self._pool)
+            self.spans[entry] = self._n_taken, len(inputs)
+            self._n_taken += len(inputs)
             await asyncio.sleep(0)
 
 

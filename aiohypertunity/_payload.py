@@ -24,7 +24,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 VALUE, RAISED, UNREADABLE = b"v", b"x", b"p"
 """Replies: the pickled return value; (pickled exception, its type and words, traceback, whether the call's script or
@@ -43,6 +43,22 @@ _PICKLED, _NAMED = b"c", b"n"
 
 Write = Callable[[memoryview], str]
 """Stores a large buffer, and says in which file."""
+
+
+class FailedChunk(NamedTuple):
+    """What a chunk of calls returns when one of them raises.
+
+    Attributes:
+        values: What those before it returned.
+        kind: The kind of its reply.
+        body: Its pickle.
+        item: Its argument, in a few characters.
+    """
+
+    values: list[Any]
+    kind: bytes
+    body: bytes
+    item: str
 
 
 class Unpicklable(Exception):
@@ -331,6 +347,15 @@ def _importing(error: BaseException | None) -> types.TracebackType | None:
     while frames is not None and frames.tb_frame.f_code is not _find_function.__code__:
         frames = frames.tb_next
     return frames
+
+
+def short(item: object) -> str:
+    """An object in a few characters, whatever it is."""
+    import reprlib
+
+    words = reprlib.Repr()
+    words.maxother = words.maxstring = 60
+    return words.repr(item)
 
 
 def described(error: BaseException) -> str:

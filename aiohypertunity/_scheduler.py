@@ -326,8 +326,9 @@ class Scheduler:
             chunk: How many inputs travel together; "auto" finds out.
 
         Raises:
-            JobError: While iterating: what became of the first input that gave no value, after all values
-                that came before it were delivered.
+            JobError: While iterating: what became of the first input that gives no value, and which one it is.
+                The values of all inputs before it are delivered first; those after it are given up, and of
+                their values only those come that came before it failed.
         """
         self._check_open()
         if self._backend != "isolated" and self._timeout is not None:

@@ -346,15 +346,16 @@ class Chunk:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
-    def __call__(self, *inputs: Any) -> tuple[list[Any], tuple[bytes, bytes] | None]:
+    def __call__(self, *inputs: Any) -> list[Any] | _payload.FailedChunk:
         values: list[Any] = []
         append, function = values.append, self._function
         try:
             for item in inputs:
                 append(function(item))
         except BaseException as error:
-            return values, _payload.raised(error)[:2]
-        return values, None
+            kind, body, _ = _payload.raised(error)
+            return _payload.FailedChunk(values, kind, body, _payload.short(item))
+        return values
 
 
 def main(

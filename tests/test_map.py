@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,57 @@ async def test_the_first_error(scheduler: Scheduler, chunk: int) -> None:
             values.append(value)
     assert values == list(range(50))
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_values_of_all_inputs_before_it_come_first(
+    scheduler: Scheduler, tmp_path: Path, ordered: bool
+) -> None:
+    """Also where an input before the one that fails takes its time, and others after it don't."""
+    gates = tmp_path / "gate", tmp_path
+    values = scheduler.map(
+        lambda path: tasks.gate(path) or 1 / (path == gates[0]), [*gates, tmp_path], ordered=ordered
+    )
+    first = asyncio.ensure_future(anext(values))
+    await until(lambda: scheduler.statistics().n_failed)
+    gates[0].touch()
+    assert await first == 1
+    with pytest.raises(JobFailed, match=r"^input 1 \(.*\) of map: job .* raised ZeroDivisionError"):
+        await anext(values)
+    with pytest.raises(StopAsyncIteration):
+        await anext(values)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "which"), [(1, r"input 5 \(5\)"), (4, r"input 5 \(5\)"), ("auto", r"input 5 \(5\)")]
+)
+async def test_which_input_failed(scheduler: Scheduler, chunk: Any, which: str) -> None:
+    """Its place and, cut short, itself; and it counts as a failure."""
+    with pytest.raises(JobFailed, match=f"^{which} of map: ") as caught:
+        [v async for v in scheduler.map(functools.partial(tasks.fail_on, 5), range(9), chunk=chunk)]
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert scheduler.statistics().n_failed >= 1
+    with pytest.raises(JobFailed) as long:
+        [v async for v in scheduler.map(tasks.fail, ["x" * 100_000])]
+    assert len(str(long.value).partition(" of map")[0]) < 100
+
+
+async def test_waiting_for_the_last_one_is_idle(scheduler: Scheduler, tmp_path: Path) -> None:
+    """All inputs are taken, and the loop has nothing to do until a value comes."""
+    last = asyncio.ensure_future(anext(scheduler.map(tasks.gate, [str(tmp_path / "gate")])))
+    await until(lambda: scheduler.statistics().n_running)
+    used = time.thread_time()
+    await asyncio.sleep(0.3)
+    assert time.thread_time() - used < 0.15
+    (tmp_path / "gate").touch()
+    assert await last is None
+
+
+async def test_a_chunk_that_crashes_names_its_inputs(scheduler: Scheduler) -> None:
+    """Any of them may have done it."""
+    inputs = ["", "", "", "os._exit"]
+    with pytest.raises(JobCrashed, match="^inputs 2 to 3 of map: the process of job"):
+        [v async for v in scheduler.map(tasks.end_as, inputs, chunk=2)]
 
 
 async def test_a_crash_and_what_cannot_be_pickled(scheduler: Scheduler) -> None:
