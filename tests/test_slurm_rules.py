@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import os
+import pickle
+import shlex
 import shutil
 import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from helpers import script
+import tasks
+from helpers import is_alive, number_in, script, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
 import aiohypertunity as ht
-from aiohypertunity import SlurmJob
-from aiohypertunity._slurm import node, shell, spool, text
+from aiohypertunity import SlurmJob, _payload
+from aiohypertunity._slurm import shell, spool, text
+from aiohypertunity._slurm.node import _check_python
+from aiohypertunity._slurm.nodecode import node_code
 from aiohypertunity._slurm.options import RESERVED, sbatch_options, seconds
 from aiohypertunity._slurm.pace import Budget, Mood, next_look
 from aiohypertunity._slurm.report import Ending, report
@@ -23,6 +31,7 @@ from aiohypertunity._slurm.shell import Sign
 from aiohypertunity._slurm.verdict import Facts, Fate, judge
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 # --- options -------------------------------------------------------------------------------------
@@ -122,12 +131,35 @@ def test_impossible_requests(meta: dict[str, Any]) -> None:
     [
         {"workdir": 5}, {"python": []}, {"setup": "module load x"}, {"max_in_flight": 0}, {"keep": "all"},
         {"give_up_after": -1}, {"connect": {}}, {"host": ""}, {"options": []}, {"workdir": "/a%b"},
+        {"workdir": "/a\\b"}, {"host": "there", "workdir": "~/a%b"},
+        {"host": "there", "connect": {"options": object()}},
     ],
 )  # fmt: skip
 def test_impossible_clusters(wrong: dict[str, Any]) -> None:
     """A mistake in `Slurm(...)` fails where it's made."""
     with pytest.raises((TypeError, ValueError)):
         ht.Slurm(**wrong)
+
+
+def test_a_relative_work_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It's below the directory where it was named, and checked as such; another host knows its own."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", "/home/me")
+    slurm = ht.Slurm(workdir="work")
+    assert slurm.workdir == f"{here}/work"
+    assert dataclasses.replace(slurm, keep="failed").workdir == f"{here}/work"
+    assert ht.Slurm(workdir="~/work").workdir == "/home/me/work"
+    assert ht.Slurm("there", workdir="~/work").workdir == "~/work"
+    assert ht.Slurm().workdir is None
+    monkeypatch.setenv("HOME", "/home/%u")
+    with pytest.raises(ValueError, match="%"):
+        ht.Slurm()
+    (tmp_path / "a%jb").mkdir()
+    monkeypatch.chdir(tmp_path / "a%jb")
+    with pytest.raises(ValueError, match="a%jb/work"):
+        ht.Slurm(workdir="work")
 
 
 def test_a_password_is_in_no_repr() -> None:
@@ -422,6 +454,131 @@ def test_the_batch_script_is_shell(program: str) -> None:
         subprocess.run([program, "-n"], input=piece, text=True, check=True)
 
 
+class Node:
+    """Runs a batch script as Slurm would."""
+
+    def __init__(self, directory: Path, *elements: shell.Element) -> None:
+        self.directory = directory / "ht-run" / "s1"
+        self.directory.mkdir(parents=True)
+        script, table = shell.batch_script(str(self.directory), [], elements)
+        (self.directory / shell.TABLE).write_text(table or "")
+        self.script = directory / "batch"
+        self.script.write_text(script, errors="surrogateescape")
+
+    @contextlib.contextmanager
+    def start(self, index: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+        env = os.environ | {"SLURM_ARRAY_TASK_ID": str(index), "SLURM_ARRAY_JOB_ID": "7"}
+        batch = subprocess.Popen(["sh", self.script], env=env | {"SLURMD_NODENAME": "n1"})
+        with batch:
+            try:
+                yield batch
+            finally:
+                batch.kill()
+
+    def run(self) -> int:
+        with self.start() as batch:
+            return batch.wait(20)
+
+    def stop(self, *elements: int) -> None:
+        subprocess.run(["sh", "-c", shell.stop(str(self.directory), elements)], check=True)
+
+    def names(self) -> set[str]:
+        return {path.name.removesuffix(".0") for path in self.directory.glob("[0-9]*")}
+
+
+def announcing(pid: Path) -> shell.Element:
+    words = ("sh", "-c", f"sleep 60 & echo $! >{shlex.quote(str(pid))}; wait")
+    return shell.Element(shell.Script(words, None, None))
+
+
+def calling(directory: Path, *python: str) -> shell.Element:
+    """An element that calls what is packed; our own code stands in for the node's."""
+    for name, content in node_code().items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
+    return shell.Element(shell.Callable(python or (sys.executable,), str(directory)))
+
+
+def test_what_is_stopped_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs a stopped element ends it within two seconds or so, and says so; its siblings run on.
+
+    They end as well when the directory is removed.
+    """
+    monkeypatch.setattr(shell, "MISSED", 2)
+    node = Node(tmp_path, announcing(tmp_path / "0"), announcing(tmp_path / "1"))
+    with node.start(0) as stopped, node.start(1) as other:
+        pids = [number_in(tmp_path / name) for name in ("0", "1")]
+        node.stop(0)
+        assert stopped.wait(20) == 137
+        wait_until(lambda: not is_alive(pids[0]))
+        assert node.names() == {"0.stop", "0.0.end.7.137", "1.0.on.7.n1"}
+        assert node.run() == 0  # a second one doesn't begin
+        shutil.rmtree(node.directory)
+        assert other.wait(30) == 137
+    wait_until(lambda: not is_alive(pids[1]))
+
+
+def test_a_callable_that_is_stopped_ends(tmp_path: Path) -> None:
+    """The same for a callable, which has a guard of its own."""
+    node = Node(tmp_path, calling(tmp_path / "node"), calling(tmp_path / "node"))
+    function, _ = _payload.pack_function(tasks.announce, None)
+    paths = [tmp_path / name for name in ("0", "1")]
+    calls = [spool.Packed(function, pickle.dumps((str(path),))) for path in paths]
+    here = {"python": list(sys.version_info[:2]), "sys_path": sys.path}
+    (node.directory / spool.CALLS).write_bytes(spool.pack(calls, here))
+    with node.start(0) as stopped, node.start(1) as other:
+        pids = list(map(number_in, paths))
+        node.stop(0)
+        assert stopped.wait(20) == 137
+        shutil.rmtree(node.directory)
+        assert other.wait(30) == 137
+    assert not any(map(is_alive, pids))
+
+
+def test_a_session_of_its_own(tmp_path: Path) -> None:
+    """What starts a callable may have made it the leader of a session: so much the better."""
+    node = Node(tmp_path, calling(tmp_path / "node", "setsid", sys.executable))
+    pack = spool.pack(
+        [spool.Packed(_payload.pack_function(len, None)[0], pickle.dumps(("abc",)))],
+        {"python": list(sys.version_info[:2]), "sys_path": sys.path},
+    )
+    (node.directory / spool.CALLS).write_bytes(pack)
+    assert node.run() == 0
+    assert "0.0.result" in node.names()
+
+
+def test_any_environment(tmp_path: Path) -> None:
+    """A job's environment may have any names, and touches no variable of the script's own."""
+    env = (
+        ("my.var", "it's"),
+        ("ht_dir", "/nowhere"),
+        ("ht_key", "x"),
+        ("-u", "y"),
+        ("A", "\udcff"),
+    )
+    words = (
+        sys.executable,
+        "-c",
+        "import os, sys; open(sys.argv[1], 'w').write(ascii(os.environ))",
+    )
+    node = Node(
+        tmp_path, shell.Element(shell.Script((*words, f"{tmp_path}/env"), (), None), env=env)
+    )
+    assert node.run() == 0
+    found = (tmp_path / "env").read_text()
+    for name, value in (*env, ("AIOHYPERTUNITY_OUTPUT_FILE", f"{node.directory}/out.0.0.pkl")):
+        assert f"{name!r}: {value!r}" in found
+    assert node.names() == {"0.0.end.7.0"}
+
+
+def test_a_program_that_looks_like_a_variable(tmp_path: Path) -> None:
+    """A program with a "=" in its path gets its environment too."""
+    program = script(tmp_path / "a=b", '#!/bin/sh\necho "$1 $A" >"${0%/*}/found"\n', mode=0o755)
+    command = shell.Script((str(program), "x"), None, None)
+    assert Node(tmp_path, shell.Element(command, env=(("A", "y"),))).run() == 0
+    assert (tmp_path / "found").read_text() == "x y\n"
+
+
 def test_the_watcher_lists_and_leaves(tmp_path: Any) -> None:
     """The watcher says what is there and what changes, and leaves when nobody listens any more."""
     (tmp_path / "s1").mkdir()
@@ -445,8 +602,8 @@ def test_the_watcher_lists_and_leaves(tmp_path: Any) -> None:
 def test_another_python() -> None:
     """Bytecode of another Python is refused, with what to do; a function that is only named isn't."""
     with pytest.raises(RuntimeError, match=r"Python 2\.7"):
-        node._check_python(b"... CodeType ...", [2, 7])
-    node._check_python(b"a name", [2, 7])
+        _check_python(b"... CodeType ...", [2, 7])
+    _check_python(b"a name", [2, 7])
 
 
 # --- verdicts ------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ class Slurm:
     Args:
         host: Where `sbatch` is: `user@host:port` or an alias of `~/.ssh/config`; None for this machine.
         workdir: A directory for calls and results, which the nodes see under the same path;
-            `~/.aiohypertunity` if None. What is put there is removed again.
+            `~/.aiohypertunity` if None. Without a host it's made absolute. What is put there is
+            removed again.
         python: What runs callables on the nodes, with cloudpickle: a program, or a list of it and its
             options; this very Python if None (`python3` across SSH).
         setup: Shell lines to run before `sbatch` and before each job: `module load ...`,
@@ -81,6 +82,8 @@ class Slurm:
         _check_text("host", self.host)
         if self.host is not None:
             Address.parse(self.host)
+        if self.connect is not None and "options" in self.connect:
+            raise ValueError("connect['options'] can't be set: give the options themselves")
         if self.connect is not None and self.connect.get("known_hosts", ()) is None:
             raise ValueError("connect: known_hosts=None would trust any host: name a file of keys")
         if self.connect is not None and self.host is None:
@@ -88,6 +91,11 @@ class Slurm:
         if self.files and self.host is None:
             raise ValueError("files are copied across SSH; without a host they are where they are")
         _check_path("workdir", self.workdir)
+        if self.host is None:
+            path = os.path.expanduser(self.workdir or "~/.aiohypertunity")
+            _check_path("workdir", os.path.abspath(path))
+            if self.workdir is not None:
+                object.__setattr__(self, "workdir", os.path.abspath(path))
         _check_words("python", self.python)
         _check_lines("setup", self.setup)
         check_options({} if self.options is None else self.options, "options")
@@ -109,9 +117,11 @@ def _check_path(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}: must be a path or None")
     if value is not None and "\n" in str(value):
         raise ValueError(f"{name}={value!r}: must be one line")
-    # Slurm puts numbers for it in the path of a job's output, and can't be told not to.
-    if value is not None and "%" in str(value):
-        raise ValueError(f"{name}={value!r}: sbatch can't write its logs below a path with a '%'")
+    # Slurm puts numbers for a "%" in the path of a job's output; a "\\" stops it from doing so at all.
+    if value is not None and ("%" in str(value) or "\\" in str(value)):
+        raise ValueError(
+            f"{name}={value!r}: sbatch can't write its logs below a path with a '%' or a '\\'"
+        )
 
 
 def _check_words(name: str, value: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import math
 import os
 import resource
 import signal
@@ -23,17 +24,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-def main(directory: str, index: str, key: str) -> None:
+_MISSED = 10
+"""As the batch shell's: seconds without the mark after which the directory is taken for removed."""
+
+
+def main(directory: str, index: str, key: str, mark: str) -> None:
     """Runs the call of an element, and ends the process.
 
     Args:
         directory: Of the submission.
         index: Of the element.
         key: The path that the names of its files begin with.
+        mark: The name that says that it runs.
     """
     started = time.time()
-    os.setsid()  # what it starts can be ended with it
-    threading.Thread(target=_guard, args=(os.getppid(),), daemon=True).start()
+    with contextlib.suppress(PermissionError):  # srun or setsid, say, has done it already
+        os.setsid()  # what it starts can be ended with it
+    answered = threading.Event()
+    guarded = (os.getppid(), directory, index, mark, answered)
+    threading.Thread(target=_guard, args=guarded, daemon=True).start()
     faulthandler.enable()
     for stream in (sys.stdout, sys.stderr):
         # Line by line, so that the last words of a process that is killed are there to be read.
@@ -49,13 +58,26 @@ def main(directory: str, index: str, key: str) -> None:
         with contextlib.suppress(OSError):
             sys.stderr.write(f"aiohypertunity: the result can't be written: {error}\n")
         code = spool.SPOOL_FAILED
+    answered.set()
     _exit(code)
 
 
-def _guard(parent: int) -> None:
-    """Ends this process and what it started when the batch shell was killed."""
-    while os.getppid() == parent:
+def _guard(parent: int, directory: str, index: str, mark: str, answered: threading.Event) -> None:
+    """Ends this process and what it started when the batch shell was killed, or nobody wants it any more.
+
+    As the batch shell does it for scripts.
+    """
+    disk = os.path.dirname(os.path.dirname(directory))
+    missed = -math.inf
+    while os.getppid() == parent and missed < _MISSED:
         time.sleep(0.5)
+        # What has its result may remove all.
+        if answered.is_set() or os.path.exists(mark):
+            missed = 0.0
+        elif os.path.exists(f"{directory}/{index}.stop"):
+            break
+        elif os.path.exists(disk):
+            missed += 0.5
     os.killpg(0, signal.SIGKILL)
 
 

@@ -9,6 +9,7 @@ a file, since a name can be left on a disk that is full:
     5.0.result           what a callable returned or raised
     5.0.end.77.143.TERM  the child is gone: its exit code, and why as far as the shell knows; took the
                          place of the one before
+    5.stop               nobody wants element 5 any more: whoever runs it ends it
     log.5  out.5.0.pkl  buffer.5.0.0     its output, what a script left, a large part of a result
 """
 
@@ -18,7 +19,7 @@ import shlex
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class Callable(NamedTuple):
@@ -84,7 +85,7 @@ def batch_script(
         job = f'. "$ht_dir/{TABLE}"\n'
     # What people write in a setup is meant for bash.
     shell = "/bin/bash" if setup else "/bin/sh"
-    head = _HEAD.format(shell=shell, directory=shlex.quote(directory))
+    head = _HEAD.format(shell=shell, directory=shlex.quote(directory), missed=MISSED)
     script = head + job + "\n".join((*setup, _TAIL))
     return script, table
 
@@ -108,8 +109,7 @@ def _element(element: Element) -> str:
         lines.append(f"ht_out={output}")
         lines.append('if [ -e "$ht_out" ]; then mv -f "$ht_out" "$ht_out.before"; fi')
         lines.append('export AIOHYPERTUNITY_OUTPUT_FILE="$ht_out"')
-    exports = [f"export {name}={shlex.quote(value)}\n" for name, value in element.env]
-    return "\n".join((*lines, f"ht_job() {{\n{''.join(exports)}exec {_command(command)}\n}}\n"))
+    return "\n".join((*lines, f"ht_job() {{\nexec {_command(command, element.env)}\n}}\n"))
 
 
 def _change_directory(path: str, *, needed: bool) -> str:
@@ -119,14 +119,23 @@ def _change_directory(path: str, *, needed: bool) -> str:
     return f"cd {path} || {{ {sorry}; exit {NO_CWD}; }}"
 
 
-def _command(command: Callable | Script) -> str:
+def _command(command: Callable | Script, env: tuple[tuple[str, str], ...]) -> str:
     if isinstance(command, Callable):
-        words = shlex.join((*command.python, "-c", _BOOT, command.nodes_code))
-        return f'{words} "$ht_dir" "$ht_index" "$ht_key"'
-    words = f"$ht_setsid {shlex.join(command.words)}"
+        words = _with_env((*command.python, "-c", _BOOT, command.nodes_code), env)
+        return f'{words} "$ht_dir" "$ht_index" "$ht_key" "$ht_mark"'
+    words = f"$ht_setsid {_with_env(command.words, env)}"
     if command.output_words is None:
         return words
     return f'{words} {shlex.join(command.output_words)} "$ht_out"'
+
+
+def _with_env(words: tuple[str, ...], env: tuple[tuple[str, str], ...]) -> str:
+    """A command with more environment, of whatever names: the shell's own variables aren't touched."""
+    if not env:
+        return shlex.join(words)
+    # env takes for a variable what has a "=" in it.
+    through = ("sh", "-c", 'exec "$0" "$@"') if "=" in words[0] else ()
+    return shlex.join(("env", "--", *(f"{name}={value}" for name, value in env), *through, *words))
 
 
 NODE_PACKAGE = "_aiohypertunity_node"
@@ -147,6 +156,9 @@ node.main(*sys.argv[2:])
 TABLE = "elements"
 NO_DIRECTORY, CLAIM_FAILED, NO_CWD = 72, 73, 74
 
+MISSED = 10
+"""Seconds without an element's mark after which its directory is taken for removed."""
+
 # No command is started in it that needn't be: a hundred elements start at once on a busy node.
 _HEAD = """\
 #!{shell}
@@ -164,7 +176,7 @@ if ! {{ true >"$ht_key.run"; }} 2>/dev/null; then
     exit 73
 fi
 set +C
-for ht_mark in "$ht_key".on.* "$ht_key".end.*; do
+for ht_mark in "$ht_key".on.* "$ht_key".end.* "$ht_dir/$ht_index.stop"; do
     [ -e "$ht_mark" ] && {{ rm -f "$ht_key.run"; exit 0; }}
 done
 ht_mark=$ht_key.on.$SLURM_ARRAY_JOB_ID.${{SLURMD_NODENAME:-unknown}}
@@ -197,7 +209,8 @@ ht_ended() {{
     [ "$1.$ht_why" != 137.0 ] || ht_look_killed
     ht_now
     echo "${{SLURMD_NODENAME:--}} $ht_begun $ht_up" >>"$ht_mark"
-    mv "$ht_mark" "$ht_key.end.$SLURM_ARRAY_JOB_ID.$1.$ht_why"
+    ht_end=$ht_key.end.$SLURM_ARRAY_JOB_ID.$1.$ht_why
+    mv "$ht_mark" "$ht_end" || true >"$ht_end"
 }} 2>/dev/null
 ht_kill() {{
     [ -n "$ht_child" ] || return
@@ -214,12 +227,18 @@ ht_timer() {{
     wait "$ht_nap"
     ht_kill KILL
 }} 2>/dev/null
-# Ends the job when this shell was killed, where Slurm doesn't.
+# Ends the job when this shell was killed, where Slurm doesn't, or when nobody wants it any more.
 ht_guardian() {{
     trap 'kill "$ht_nap"; exit' TERM
-    while kill -s 0 $$; do
+    ht_missed=-1000000
+    # A look at the mark costs no message while the node's memory of it is fresh. It's only missed
+    # if it was there, and if the disk is.
+    while kill -s 0 $$ && [ "$ht_missed" -lt {missed} ]; do
         sleep 1 & ht_nap=$!
         wait "$ht_nap"
+        if [ -e "$ht_mark" ]; then ht_missed=0; continue; fi
+        [ ! -e "$ht_dir/$ht_index.stop" ] || break
+        [ ! -e "${{ht_dir%/*/*}}" ] || ht_missed=$((ht_missed + 1))
     done
     ht_kill KILL
 }} 2>/dev/null
@@ -233,7 +252,7 @@ trap 'ht_why=TIME' ALRM
 cd || cd /
 """
 _TAIL = """\
-[ "$ht_why" = TERM ] && exit 143
+if [ "$ht_why" = TERM ] || [ -e "$ht_dir/$ht_index.stop" ]; then exit 143; fi
 if command -v setsid >/dev/null; then ht_setsid=setsid; fi
 ht_job &
 ht_child=$!
@@ -291,6 +310,17 @@ def parse_sign(name: str) -> Sign | None:
 def listing(directory: str) -> str:
     """The command that says the same of one submission, now."""
     return f"cd {shlex.quote(directory)} && echo [0-9]*"
+
+
+def stop(directory: str, elements: Iterable[int]) -> str:
+    """The command after which no start of these elements runs on, wherever it may be.
+
+    Each that ran leaves an `end` within two seconds; across a network it may take a minute, for which
+    nodes remember that a name was there. One that starts later leaves at once, and a node that is
+    dead says nothing.
+    """
+    names = (f": >{index}.stop && rm -f {index}.*.on.*" for index in elements)
+    return "\n".join((f"cd {shlex.quote(directory)} || exit 1", *names))
 
 
 def remove_tree(path: str) -> str:
