@@ -42,7 +42,7 @@ from ._address import Address
 from ._errors import TransportError
 from ._events import LinkDown, LinkUp
 from ._threads import in_thread, start_thread
-from ._transports import LONGEST_COMMAND, Done, LinkLost
+from ._transports import LONGEST_COMMAND, Done, LinkLost, private_mode
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -1293,7 +1293,7 @@ async def _tar_file(path: str, source: Path) -> AsyncIterator[bytes]:
     file = await in_thread(_open, source)
     with file:
         size = left = os.fstat(file.fileno()).st_size
-        yield _tar_header(path, size)
+        yield _tar_header(path, size, private_mode(file.fileno()))
         while left:
             piece = await in_thread(file.read, min(left, _PIECE))
             # One that was cut meanwhile keeps its promised length.
@@ -1307,9 +1307,9 @@ def _open(path: Path) -> io.BufferedReader:
     return path.open("rb")
 
 
-def _tar_header(path: str, size: int) -> bytes:
+def _tar_header(path: str, size: int, mode: int = 0o600) -> bytes:
     entry = tarfile.TarInfo(path.lstrip("/"))
-    entry.size, entry.mode = size, 0o600
+    entry.size, entry.mode = size, mode
     return entry.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 

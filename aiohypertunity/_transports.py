@@ -101,7 +101,9 @@ class Transport(Protocol):
         ...
 
     async def put(self, files: Mapping[str, Content]) -> None:
-        """Writes files, mode 0600, over what may be there; makes missing directories, mode 0700.
+        """Writes files, over what may be there; makes missing directories, mode 0700.
+
+        Their mode is 0600; 0700 for what is to hold what a local program does.
 
         Raises:
             LinkLost: Some may be there; putting them again is harmless.
@@ -294,7 +296,13 @@ def _write_all(files: Mapping[str, Content]) -> None:
 
 def _copy(source: Path, path: str) -> None:
     with source.open("rb") as from_file, open(path, "wb", opener=_private) as to_file:
+        os.fchmod(to_file.fileno(), private_mode(from_file.fileno()))
         shutil.copyfileobj(from_file, to_file, 1 << 20)
+
+
+def private_mode(descriptor: int) -> int:
+    """The mode of a copy of a file: a program stays one."""
+    return 0o600 | os.fstat(descriptor).st_mode & stat.S_IXUSR
 
 
 def _private(path: str, flags: int) -> int:

@@ -10,6 +10,7 @@ import pytest
 from slurm_kit import cluster_fixture, needs_slurm, slurm_fixture  # noqa: F401 - fixtures
 
 import aiohypertunity as ht
+from aiohypertunity._transports import LocalShell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,9 @@ async def test_variables_of_commands(
     """Variables by which people set up squeue, scancel or sbatch for themselves don't reach ours."""
     for name, value in _VARIABLES.items():
         monkeypatch.setenv(name, value)
+    shown = await LocalShell().run("env", timeout=10)
+    assert not [name for name in _VARIABLES if name in shown.stdout]
+    assert "SLURM_CONF=" in shown.stdout
     async with ht.Scheduler(1, slurm=slurm()) as scheduler:
         handles = scheduler.dispatch(
             [ht.SlurmJob(time.sleep, (seconds,)) for seconds in (5.0, 1000)]

@@ -126,6 +126,15 @@ async def test_scripts_are_staged_once(
     assert {r.stdout for r in results} == {"beside it\n"}
 
 
+async def test_helper_program(node: LoginNode, cluster: SlurmCluster, tmp_path: Path) -> None:
+    """A program that a script needs beside it can be run there."""
+    path = script(tmp_path / "job.sh", '#!/bin/sh\n"${0%/*}/bin/helper"\n', mode=0o755)
+    (tmp_path / "bin").mkdir()
+    script(tmp_path / "bin" / "helper", "#!/bin/sh\necho helped\n", mode=0o755)
+    slurm = slurm_at(node, cluster, files=[tmp_path / "bin"])
+    assert (await result_of(slurm, ht.SlurmJob(path))).stdout == "helped\n"
+
+
 async def test_edited_script(node: LoginNode, cluster: SlurmCluster, tmp_path: Path) -> None:
     """Each dispatch runs the script as it was then."""
     path = tmp_path / "job"

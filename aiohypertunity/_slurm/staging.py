@@ -7,8 +7,10 @@ their own don't meet.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,10 +46,17 @@ class Staging:
 
     Args:
         files: What all scripts need beside them: files, or whole directories.
+
+    Raises:
+        ValueError: Two of them have one name.
     """
 
     def __init__(self, files: Sequence[str | os.PathLike[str]]) -> None:
-        self._files = [os.path.abspath(path) for path in files]
+        self._files: dict[str, str] = {}
+        for path in map(os.path.abspath, files):
+            other = self._files.setdefault(os.path.basename(path), path)
+            if other != path:
+                raise ValueError(f"files: {other} and {path} would be one file beside the scripts")
         self._pinned: dict[tuple[object, ...], Pinned] = {}
         self._blobs: dict[tuple[str, str], bytes] = {}
         self._there: set[str] = set()
@@ -56,12 +65,16 @@ class Staging:
         """Fixes what a job's script holds; None for a job without a local script.
 
         Raises:
-            OSError: It can't be read.
+            OSError: It can't be read, or can't lie beside the other files.
         """
         target = job.target
         path = target.path if isinstance(target, FunctionRef | ScriptRef) else None
         if path is None or (isinstance(target, ScriptRef) and target.remote):
             return None
+        beside = self._files.get(os.path.basename(path))
+        if beside is not None and not _is_same(beside, path):
+            words = f"its place beside the other files is taken by {beside}, from Slurm(files=...)"
+            raise FileExistsError(errno.EEXIST, words, path)
         facts = os.stat(path)
         key = path, facts.st_ino, facts.st_size, facts.st_mtime_ns
         if key not in self._pinned:
@@ -77,8 +90,9 @@ class Staging:
             OSError: Something can't be read.
         """
         content: Content = Path(pinned.path) if pinned.content is None else pinned.content
-        files: dict[str, Content] = {os.path.basename(pinned.path): content}
-        files |= {name: Path(path) for path in self._files for name, path in _tree(path)}
+        beside = self._files.values()
+        files: dict[str, Content] = {n: Path(file) for path in beside for n, file in _tree(path)}
+        files[os.path.basename(pinned.path)] = content
         total = hashlib.sha256()
         for name, held in files.items():
             total.update(f"{name}\0{_digest(held)}\0".encode(errors="surrogateescape"))
@@ -104,14 +118,27 @@ class Staging:
         return self._blobs[key]
 
 
+def _is_same(path: str, other: str) -> bool:
+    return os.path.exists(path) and os.path.samefile(path, other)
+
+
 def _tree(path: str) -> Iterator[tuple[str, str]]:
-    """A file, or all files of a directory, by their names beside the script."""
+    """A file, or all files of a directory, by their names beside the script; of links, what they lead to."""
     parent = os.path.dirname(path)
     if not os.path.isdir(path):
         yield os.path.basename(path), path
         return
-    for directory, names, files in os.walk(path):
-        names[:] = [name for name in names if name != "__pycache__"]
+    above: dict[str, list[str]] = {path: []}
+    for directory, names, files in os.walk(path, followlinks=True):
+        within = [*above[directory], os.path.realpath(directory)]
+        # A link to where it lies would lead on for ever.
+        names[:] = [
+            name
+            for name in names
+            if name != "__pycache__"
+            and os.path.realpath(os.path.join(directory, name)) not in within
+        ]
+        above.update((os.path.join(directory, name), within) for name in names)
         for name in files:
             found = os.path.join(directory, name)
             yield os.path.relpath(found, parent), found
@@ -120,5 +147,8 @@ def _tree(path: str) -> Iterator[tuple[str, str]]:
 def _digest(content: Content) -> str:
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
+    if not content.is_file() and content.exists():
+        raise OSError(errno.EINVAL, "it isn't a regular file", str(content))
     with content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        runs = "x" if os.fstat(file.fileno()).st_mode & stat.S_IXUSR else "-"
+        return runs + hashlib.file_digest(file, "sha256").hexdigest()
