@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import os
+import re
 import signal as signals
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +30,29 @@ if TYPE_CHECKING:
     from ._jobs import Job
 
 _LAST_LINES = 10
+_LAST_FRAMES = 5
+_OUR_FRAME = re.compile(rf'  File "({re.escape(os.path.dirname(__file__))}/|<string>)')
 
 
 def last_lines(*streams: str) -> str:
     """The end of each of a job's streams, as the end of a message: empty if it was silent."""
-    ends = [stream.rstrip().splitlines()[-_LAST_LINES:] for stream in streams]
+    ends = [_end(stream.rstrip().splitlines()) for stream in streams]
     lines = [line for end in ends for line in end]
     return (
         "\nIts last output:\n" + "\n".join(f"    {line[:500]}" for line in lines) if lines else ""
     )
+
+
+def _end(lines: list[str]) -> list[str]:
+    """The last lines, and of what Python says when it crashes only where in the job it was."""
+    fatal = [number for number, line in enumerate(lines) if line.startswith("Fatal Python error: ")]
+    if not fatal:
+        return lines[-_LAST_LINES:]
+    own, (error, *dump) = lines[: fatal[-1]], lines[fatal[-1] :]
+    current = [number for number, line in enumerate(dump) if line.startswith("Current thread ")]
+    frames = dump[current[-1] + 1 :] if current else []
+    theirs = [line for line in frames if line.startswith("  File ") and not _OUR_FRAME.match(line)]
+    return [*own[-_LAST_LINES:], error, *theirs[:_LAST_FRAMES]]
 
 
 def name(job: Job[Any]) -> str:

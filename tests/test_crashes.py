@@ -7,6 +7,8 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
+import traceback
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,19 @@ class TestDeadWorkers:
         assert "SIGSEGV (11)" in str(result.error)
         assert "Segmentation fault" in result.stderr
         assert result.stdout == "loading\n"
+
+    async def test_last_words_before_a_segfault(self, scheduler: Scheduler) -> None:
+        """Are the job's own, and where in it that was; no frame of ours crowds them out."""
+
+        def crash() -> None:
+            print("\n".join(f"line {i}" for i in range(10)), file=sys.stderr)
+            tasks.end_as("segfault")
+
+        error = str((await run(scheduler, crash)).error)
+        assert all(f"    line {i}\n" in error for i in range(10))
+        assert "Segmentation fault" in error
+        assert "in end_as" in error
+        assert "_worker_main" not in error
 
     async def test_somebody_kills_an_idle_worker(self, one: Scheduler) -> None:
         """Nobody notices."""
@@ -258,6 +273,8 @@ async def test_exits_raised_inside_a_job(one: Scheduler, how: str) -> None:
     result = await run(one, tasks.end_as, how)
     assert isinstance(result.error, JobFailed)
     assert type(result.error.__cause__) in (SystemExit, KeyboardInterrupt)
+    assert not str(result.error).endswith(": ")
+    assert "\n\n\n" not in "".join(traceback.format_exception(result.error))
     assert (await run(one, tasks.pid)).data == before
 
 
