@@ -8,6 +8,7 @@ not joblib's public API is used here and nowhere else.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import socket
 import time
@@ -29,6 +30,24 @@ if TYPE_CHECKING:
     from ._ledger import Entry, Owner
 
 _Answer = tuple[bytes, bytes, float, float, str, int]
+
+
+def check_name(backend: str) -> None:
+    """Sees whether joblib knows such a backend.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    from joblib.parallel import BACKENDS, EXTERNAL_BACKENDS
+
+    known = {*BACKENDS, *EXTERNAL_BACKENDS} - {"multiprocessing"}
+    if backend not in known:
+        raise ValueError(
+            f"backend={backend!r}: joblib knows {', '.join(sorted(known))}; one of another package has to be "
+            "registered before (ray: ray.util.joblib.register_ray()); left out, it is 'isolated'"
+        )
+    if backend == "dask" and importlib.util.find_spec("distributed") is None:
+        raise ValueError("backend='dask' needs dask.distributed: pip install distributed")
 
 
 def check_backend(backend: str, n_slots: int) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import tempfile
 import threading
 import time
 import weakref
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import anyio
 
@@ -28,10 +29,11 @@ from ._calls import Call, Packer, ScriptCall
 from ._errors import JobCrashed, JobFailed, JobTimeout, PayloadError
 from ._events import Cancelled, Event, Finished, Queued, Retried, Started
 from ._handles import Batch, Collector
-from ._joblib import JoblibCallables, check_backend
+from ._joblib import JoblibCallables, check_backend, check_name
 from ._jobs import Job, ScriptRef, SlurmJob, check_retries, check_seconds, claim, release, resolve
 from ._ledger import Entry, Executor, Ledger, Pool
 from ._map import Map
+from ._payload import short
 from ._results import Outcome, Result, Status
 from ._rundir import RunDirectory
 from ._scripts import Scripts
@@ -137,6 +139,8 @@ class Scheduler:
             raise ValueError(
                 "backend='multiprocessing' can't give results one by one: leave it out, or take 'loky'"
             )
+        if backend != "isolated":
+            check_name(backend)
         self._ledger = Ledger(self._n_parallel, _checked_resources(resources))
         self._backend = backend
         self._slurm = slurm
@@ -169,7 +173,7 @@ class Scheduler:
         """Starts it, where an `async with` can't span its life.
 
         Raises:
-            OSError: There's no room for its directory in the temporary directory.
+            OSError: There's no room for its directory in the temporary directory, or `logs` can't be written to.
             RuntimeError: It was started before, or there's no asyncio loop (trio has none).
         """
         if self._loop is not None:
@@ -180,6 +184,8 @@ class Scheduler:
         try:
             if self._backend != "isolated":
                 await in_thread(check_backend, self._backend, self._n_parallel)
+            if self._logs is not None:
+                await in_thread(_check_logs, self._logs)
             self._rundir = await _make_rundir()
         except BaseException:
             self._is_closed = True
@@ -271,6 +277,15 @@ class Scheduler:
     ) -> None:
         await self._leave(cancel=error is not None or self._on_exit == "cancel")
 
+    if not TYPE_CHECKING:  # a type checker refuses it by itself
+
+        def __enter__(self) -> NoReturn:
+            """Says what to write instead."""
+            raise TypeError("use `async with`, or aiohypertunity.sync.Scheduler")
+
+        def __exit__(self, *_: object) -> None:
+            """Is never reached."""
+
     # --- what a user asks for ----------------------------------------------------------------
 
     def dispatch(self, jobs: Job[T] | Iterable[Job[T]], *, private: bool = False) -> Batch[T]:
@@ -294,7 +309,7 @@ class Scheduler:
                 an id that another took after it was finished. None of them was taken then.
             RuntimeError: The scheduler isn't running.
         """
-        given: list[Job[Any]] = [jobs] if isinstance(jobs, Job) else list(jobs)
+        given = _listed(jobs)
         self._check_open()
         needs = [self._check(job) for job in given]
         if len(set(given)) < len(given):
@@ -749,6 +764,16 @@ def _running_loop() -> asyncio.AbstractEventLoop:
         ) from None
 
 
+def _listed(jobs: Job[Any] | Iterable[Job[Any]]) -> list[Job[Any]]:
+    if isinstance(jobs, Job):
+        return [jobs]
+    if isinstance(jobs, str) or not isinstance(jobs, Iterable):
+        raise TypeError(
+            f"dispatch takes a Job or several, not {short(jobs)}: write Job(task=..., args=...)"
+        )
+    return list(jobs)
+
+
 async def _make_rundir() -> RunDirectory:
     making = start_thread(RunDirectory)
     try:
@@ -803,6 +828,15 @@ def _checked_resources(
             raise ValueError(f"resources={{{name!r}: {indices!r}}}: an index is there twice")
         checked[name] = list(indices)
     return checked
+
+
+def _check_logs(logs: Path) -> None:
+    """Makes the directory of the logs, and sees whether it can be written to."""
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=logs).close()
+    except (OSError, ValueError) as error:
+        raise OSError(f"logs={str(logs)!r} can't be written to: {error}") from error
 
 
 def _make_log_directory(logs: Path, job_id: int | str) -> Path:

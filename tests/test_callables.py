@@ -236,10 +236,20 @@ class TestOutput:
             assert len(result.stdout) <= 65_536
             del result
 
+    async def test_logs_that_cannot_be(self, tmp_path: Path) -> None:
+        """Are refused at the start; else their directory is made, whether there are jobs or not."""
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match="logs=.*can't be written to"):
+            await Scheduler(n_parallel=1, logs=tmp_path / "file" / "logs").start()
+        async with Scheduler(n_parallel=1, logs=tmp_path / "a" / "logs"):
+            assert os.listdir(tmp_path / "a" / "logs") == []
+
     async def test_unwritable_logs(self, tmp_path: Path) -> None:
         """Fail each job with a clear error, however many there are; the scheduler lives."""
-        (tmp_path / "file").touch()
-        async with Scheduler(n_parallel=2, logs=tmp_path / "file" / "logs") as scheduler:
+        logs = tmp_path / "logs"
+        async with Scheduler(n_parallel=2, logs=logs) as scheduler:
+            logs.rmdir()
+            logs.touch()
             scheduler.dispatch([Job(tasks.pid) for _ in range(3000)])
             errors = [r.error async for r in scheduler.collect()]
         assert len(errors) == 3000

@@ -456,6 +456,11 @@ async def test_dispatch_takes_all_or_none(scheduler: Scheduler) -> None:
     with pytest.raises(ValueError, match="asks for 99 cpu"):
         scheduler.dispatch([*doubles(2), Job(tasks.pid, meta={"resources": {"cpu": 99}})])
     assert scheduler.statistics().n_pending == 0
+    for wrong in (tasks.pid, "train.py", None):
+        with pytest.raises(TypeError, match="dispatch takes a Job or several, not"):
+            scheduler.dispatch(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="use `async with`"), Scheduler():
+        pass
 
 
 async def test_a_closed_scheduler_takes_no_jobs() -> None:

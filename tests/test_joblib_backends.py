@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import joblib
 import pytest
 import tasks
 from helpers import PATIENCE, until
@@ -124,11 +126,15 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match="'loky'"):
             Scheduler(backend="multiprocessing")
 
-    async def test_what_joblib_does_not_know(self) -> None:
-        """Refused at the start, which leaves nothing behind."""
-        with pytest.raises(ValueError, match="no-such-thing"):
-            async with Scheduler(backend="no-such-thing"):
-                pass
+    async def test_what_joblib_does_not_know(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Refused where the scheduler is made; what was registered with it isn't."""
+        with pytest.raises(ValueError, match="'lokky': joblib knows dask, loky,"):
+            Scheduler(backend="lokky")
+        monkeypatch.setitem(joblib.parallel.BACKENDS, "mine", object)
+        Scheduler(backend="mine")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        with pytest.raises(ValueError, match="pip install distributed"):
+            Scheduler(backend="dask")
 
     @pytest.mark.parametrize("given", [{"timeout": 1}, {"env": {"A": "1"}}, {"cwd": "/"}])
     async def test_what_it_cannot_keep(self, given: dict[str, Any]) -> None:
