@@ -31,6 +31,7 @@ import anyio
 from anyio.from_thread import BlockingPortal
 
 from . import _handles, _scheduler
+from ._failures import name
 
 if TYPE_CHECKING:
     import os
@@ -107,7 +108,8 @@ class JobHandle(Generic[T]):
         Raises:
             TimeoutError: It took longer than `timeout` seconds.
         """
-        self._portal.call(_within, timeout, self._handle.wait_started)
+        wait = self._handle.wait_started
+        self._portal.call(_within, timeout, wait, self._handle, "hasn't started")
 
     def result(self, timeout: float | None = None) -> Result[T]:
         """Waits for its result, which stays collectable.
@@ -119,7 +121,7 @@ class JobHandle(Generic[T]):
         async def wait() -> Result[T]:
             return await self._handle
 
-        return self._portal.call(_within, timeout, wait)
+        return self._portal.call(_within, timeout, wait, self._handle, "isn't over")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, JobHandle) and other._handle == self._handle
@@ -230,7 +232,7 @@ class Scheduler:
         """Starts it, where a `with` can't span its life.
 
         Raises:
-            OSError: There's no room for its directory in the temporary directory.
+            OSError: There's no room for its directory in the temporary directory, or `logs` can't be written to.
             RuntimeError: It was started before.
         """
         try:
@@ -492,6 +494,16 @@ async def _next(stream: EventStream) -> Event | None:
     return await anext(stream, None)
 
 
-async def _within(timeout: float | None, wait: Callable[[], Awaitable[T]]) -> T:
-    with anyio.fail_after(timeout):
-        return await wait()
+async def _within(
+    timeout: float | None,
+    wait: Callable[[], Awaitable[T]],
+    handle: _handles.JobHandle[Any],
+    what: str,
+) -> T:
+    try:
+        with anyio.fail_after(timeout):
+            return await wait()
+    except TimeoutError:
+        raise TimeoutError(
+            f"{name(handle.job)} {what} after {timeout:g} s: it is {handle.status.value}, and wasn't cancelled"
+        ) from None

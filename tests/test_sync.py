@@ -176,6 +176,19 @@ def test_handles(tmp_path: Path) -> None:
         assert first.result() in scheduler.collect()
 
 
+def test_a_job_that_takes_too_long() -> None:
+    """Is named, and how it stands is said."""
+    with Scheduler(n_parallel=1) as scheduler:
+        first, second = scheduler.dispatch([Job(tasks.forever, id="slow"), Job(tasks.forever)])
+        first.wait_started()
+        with pytest.raises(
+            TimeoutError, match=r"^job 'slow' \(forever\) isn't over after 0.01 s: .*running"
+        ):
+            first.result(timeout=0.01)
+        with pytest.raises(TimeoutError, match=r"hasn't started after 0.01 s: it is pending"):
+            second.wait_started(timeout=0.01)
+
+
 def test_batches() -> None:
     """Private ones, and leaving one."""
     with Scheduler(n_parallel=2) as scheduler:
