@@ -6,14 +6,14 @@ Each check is one thing that goes wrong for people: it says what was found, and 
 from __future__ import annotations
 
 import asyncio
-import os
-import shlex
+import dataclasses
+import getpass
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._errors import HypertunityError, TransportError
 from ._slurm import Slurm, text
-from ._transports import Transport, transport_to
+from ._slurm.cluster import Cluster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -35,23 +35,23 @@ class Check(NamedTuple):
 
 async def examine(slurm: Slurm) -> list[Check]:
     """Looks at a cluster; runs one tiny job on it."""
-    transport = transport_to(slurm, lambda _: None)
+    cluster = Cluster(slurm, *[lambda _: None] * 3)
     checks = []
     try:
-        async for check in _checks(slurm, transport):
+        async for check in _checks(slurm, cluster):
             checks.append(check)
             if check.ok is False:
                 break
     except (TransportError, TimeoutError) as error:
         checks.append(Check("connection", False, str(error) or "no answer in time"))
     finally:
-        await transport.aclose()
+        await cluster.aclose()
     return checks
 
 
-async def _checks(slurm: Slurm, transport: Transport) -> AsyncIterator[Check]:
+async def _checks(slurm: Slurm, cluster: Cluster) -> AsyncIterator[Check]:
     yield Check("host", None, slurm.host or "this machine")
-    found = await _run(slurm, transport, "command -v sbatch || exit 1; sbatch --version || :")
+    found = await _run(cluster, "command -v sbatch || exit 1; sbatch --version || :")
     lines = found.stdout.split("\n")
     if not found.ok:
         yield Check(
@@ -63,7 +63,7 @@ async def _checks(slurm: Slurm, transport: Transport) -> AsyncIterator[Check]:
         True,
         f"{lines[0]} ({lines[1] if len(lines) > 1 else text.last_words(found.stderr)})",
     )
-    found = await _run(slurm, transport, text.SITE_COMMAND)
+    found = await _run(cluster, text.SITE_COMMAND)
     if not found.ok:
         yield Check("slurmctld", False, text.last_words(found.stderr))
         return
@@ -72,8 +72,8 @@ async def _checks(slurm: Slurm, transport: Transport) -> AsyncIterator[Check]:
     yield Check(
         "limits", None, f"{site.max_array} jobs an array, {site.kill_wait:g} s from TERM to KILL"
     )
-    yield await _accounting(slurm, transport, site)
-    yield await _workdir(slurm, transport)
+    yield await _accounting(cluster, site)
+    yield await _workdir(cluster)
     yield await _job(slurm)
 
 
@@ -83,18 +83,15 @@ class _Found(NamedTuple):
     stderr: str
 
 
-async def _run(slurm: Slurm, transport: Transport, command: str) -> _Found:
-    if slurm.setup:
-        lines = ("{", *slurm.setup, "} >/dev/null", command)
-        command = shlex.join(("bash", "-c", "\n".join(lines)))
-    done = await transport.run(command, timeout=30)
+async def _run(cluster: Cluster, command: str) -> _Found:
+    done = await cluster.command(command)
     return _Found(done.exit_status == 0, done.stdout.strip(), done.stderr.strip())
 
 
-async def _accounting(slurm: Slurm, transport: Transport, site: text.Site) -> Check:
+async def _accounting(cluster: Cluster, site: text.Site) -> Check:
     if not site.accounting:
         return Check("accounting", None, "there is none; we do without")
-    found = await _run(slurm, transport, "sacct --noheader --allocations --starttime=now-1minutes")
+    found = await _run(cluster, "sacct --noheader --allocations --starttime=now-1minutes")
     words = (
         "answers"
         if found.ok
@@ -103,14 +100,10 @@ async def _accounting(slurm: Slurm, transport: Transport, site: text.Site) -> Ch
     return Check("accounting", None, words)
 
 
-async def _workdir(slurm: Slurm, transport: Transport) -> Check:
-    path = (
-        '"$HOME/.aiohypertunity"'
-        if slurm.workdir is None
-        else shlex.quote(os.fspath(slurm.workdir))
-    )
+async def _workdir(cluster: Cluster) -> Check:
+    path = cluster.workdir()
     command = f"umask 077; mkdir -p {path} && cd {path} && : >doctor.$$ && rm doctor.$$ && pwd && df -Pk . | tail -1"
-    found = await _run(slurm, transport, command)
+    found = await _run(cluster, command)
     if not found.ok:
         words = text.last_words(found.stderr)
         return Check(
@@ -166,11 +159,15 @@ def table(checks: list[Check]) -> str:
 
 
 def main(slurm: Slurm) -> int:
-    """Examines a cluster and prints what was found.
+    """Examines a cluster and prints what was found. On a terminal, it asks what the cluster asks.
 
     Returns:
         The exit code: 1 if anything is wrong.
     """
+    if slurm.host is not None and sys.stdin.isatty():
+        slurm = dataclasses.replace(
+            slurm, connect={"prompt": getpass.getpass, **(slurm.connect or {})}
+        )
     try:
         checks = asyncio.run(examine(slurm))
     except HypertunityError as error:

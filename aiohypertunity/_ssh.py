@@ -846,7 +846,8 @@ def _resolve(address: Address, options: dict[str, Any], typing: bool) -> _Way:
         raise TransportError(
             "connect: 'options' is one object for many options: give them one by one"
         )
-    options = {**options, "host": address.host}
+    # No configuration means the user's, in asyncssh.connect though not in its options.
+    options = {"config": (), **options, "host": address.host}
     if address.port is not None:
         options.setdefault("port", address.port)
     if address.user is not None:
