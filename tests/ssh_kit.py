@@ -54,20 +54,23 @@ def node(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @functools.cache
-def python_for_all(cluster: SlurmCluster) -> str:
-    """A Python of this minor version that an ordinary user may run; a copy of this one if need be."""
-    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    for candidate in (os.path.realpath(sys.executable), f"/usr/bin/python{version}"):
+def python_for_all(cluster: SlurmCluster, program: str = sys.executable) -> str:
+    """A Python of a program's minor version that an ordinary user may run; a copy of it if need be."""
+    facts = "import sys; print(*sys.version_info[:2], sep='.'); print(sys.base_prefix)"
+    version, prefix = subprocess.check_output([program, "-c", facts], text=True).split()
+    for candidate in (os.path.realpath(program), f"/usr/bin/python{version}"):
         with contextlib.suppress(OSError):
             done = subprocess.run([candidate, "-c", ""], user="nobody", cwd="/", check=False)
             if done.returncode == 0:
                 return candidate
-    copy = cluster.public / "python"
+    copy = cluster.public / f"python{version}"
     ignored = shutil.ignore_patterns(
         "site-packages", "test", "tests", "*.a", "__pycache__", "idlelib"
     )
     for part in (f"lib/python{version}", "bin"):
-        shutil.copytree(Path(sys.base_prefix, part), copy / part, ignore=ignored, symlinks=True)
+        shutil.copytree(Path(prefix, part), copy / part, ignore=ignored, symlinks=True)
+    for library in Path(prefix, "lib").glob("libpython*.so*"):
+        shutil.copy(library, copy / "lib")
     return f"{copy}/bin/python{version}"
 
 

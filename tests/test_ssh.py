@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ import cloudpickle
 import pytest
 from helpers import script
 from slurm_kit import result_of, results_of
-from ssh_kit import cluster, needs_login_node, node, slurm_at  # noqa: F401
+from ssh_kit import cluster, needs_login_node, node, python_for_all, slurm_at  # noqa: F401
 
 import aiohypertunity as ht
 from aiohypertunity import sync
@@ -166,6 +168,35 @@ async def test_missing_module(node: LoginNode, cluster: SlurmCluster) -> None:
     assert isinstance(result.error, ht.PayloadError)
     assert f"no module '{__name__}'" in str(result.error)
     assert "register_pickle_by_value" in str(result.error)
+
+
+async def test_another_python(node: LoginNode, cluster: SlurmCluster) -> None:
+    """Under another minor version, what has a name works; what travels by value works, or says why not."""
+    own = sys.version_info[1]
+    names = [f"python3.{minor}" for minor in range(11, 16) if minor != own]
+    other = next(filter(None, map(_found, names)), None)
+    if other is None:
+        pytest.skip("no other Python here")
+    python = python_for_all(cluster, other)
+    libraries = shlex.quote(str(Path(python).parents[1] / "lib"))
+    named, by_value = await results_of(
+        slurm_at(node, cluster, python=python, setup=[f"export LD_LIBRARY_PATH={libraries}"]),
+        ht.SlurmJob(abs, (-1,)),
+        ht.SlurmJob(whoami, (1,)),
+    )
+    assert named.data == 1
+    if by_value.error is not None:
+        assert isinstance(by_value.error, ht.PayloadError)
+        assert f"3.{own}" in str(by_value.error)
+        assert Path(other).name.removeprefix("python") in str(by_value.error)
+
+
+def _found(name: str) -> str | None:
+    """A Python, in whatever version pyenv would have it."""
+    version = name.removeprefix("python")
+    there = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+    found = [str(path) for path in there.glob(f"{version}.*/bin/{name}")]
+    return found[0] if found else shutil.which(name)
 
 
 async def test_large_result(node: LoginNode, cluster: SlurmCluster) -> None:
