@@ -42,7 +42,7 @@ from ._address import Address
 from ._errors import TransportError
 from ._events import LinkDown, LinkUp
 from ._threads import in_thread, start_thread
-from ._transports import LONGEST_COMMAND, Done, LinkLost, private_mode
+from ._transports import LONGEST_COMMAND, Done, LinkLost, by_stdin, private_mode
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -106,7 +106,10 @@ class SSH:
         """As `Transport.run`. What it takes to have a channel doesn't count for `timeout`."""
         feed = (lambda: _once(os.fsencode(stdin))) if stdin else None
         said = await self._exchange(command, feed, timeout, once=True)
-        stdout, _, words = said.stdout.rpartition(f"\n{self._mark} stderr\n".encode())
+        stdout, ended, words = said.stdout.rpartition(f"\n{self._mark} stderr\n".encode())
+        if not ended:
+            # Its shell had no process to be had.
+            raise LinkLost(f"{self.host} can't run commands now: {said.words}")
         stderr, _, status = words.rpartition(b"\n")
         return Done(int(status), stdout.decode(errors="replace"), stderr.decode(errors="replace"))
 
@@ -158,13 +161,8 @@ class SSH:
 
     async def fetch(self, path: str) -> str:
         """As `Transport.fetch`."""
-        if self._directory is None:
-            prefix = f"aiohypertunity-{os.getuid()}-"
-            self._directory = await in_thread(tempfile.mkdtemp, "", prefix)
-        part = self._parts.get(path)
-        if part is None:
-            part = self._parts[path] = _Part(path, f"{self._directory}/{secrets.token_hex(8)}")
         try:
+            part = await self._part(path)
             for is_last in (False, True):
                 if await self._bring(part):
                     break
@@ -172,9 +170,20 @@ class SSH:
                 if is_last:
                     raise TransportError(f"{path} on {self.host} came twice with a wrong checksum")
         except OSError as error:
-            raise TransportError(f"can't write {part.here}: {error.strerror}") from error
+            words = f"can't write what comes of {path} to {tempfile.gettempdir()}: {error.strerror}"
+            raise TransportError(words) from error
         del self._parts[path]
         return part.here
+
+    async def _part(self, path: str) -> _Part:
+        """What there is of a file here."""
+        if self._directory is None:
+            prefix = f"aiohypertunity-{os.getuid()}-"
+            self._directory = await in_thread(tempfile.mkdtemp, "", prefix)
+        if path not in self._parts:
+            here = f"{self._directory}/{secrets.token_hex(8)}"
+            self._parts[path] = await in_thread(_Part, path, here)
+        return self._parts[path]
 
     async def _bring(self, part: _Part) -> bool:
         """Brings what is missing of a file; says whether the whole is right."""
@@ -183,6 +192,8 @@ class SSH:
         try:
             await self._receive(part, f"tail -c +{part.size + 1} {path}")
             words = (await summing).stdout.split()
+            if not words:
+                raise LinkLost(f"{self.host} can't read {part.path} now")
         finally:
             summing.cancel()
             await asyncio.wait([summing])
@@ -266,8 +277,8 @@ class SSH:
             once: It mustn't run twice, and is to say what it says in one piece of text.
         """
         if stdin is None and len(command) > LONGEST_COMMAND:
-            long = os.fsencode(command)
-            command, stdin = 'eval "$(cat)"', lambda: _once(long)
+            command, text = by_stdin(command)
+            stdin = functools.partial(_once, os.fsencode(text))
         frame = _in_one_piece if once else _marked
         script = frame(command, self._mark, with_stdin=stdin is not None)
         for is_last in (*[once] * (_MUTE - 1), True):

@@ -6,17 +6,20 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from ssh_kit import cluster, connect, needs_login_node, node  # noqa: F401
 
 import aiohypertunity as ht
+from aiohypertunity import _transports
 from aiohypertunity._ssh import SSH
 from aiohypertunity._transports import LinkLost, LocalShell, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from login_node import LoginNode
 
@@ -118,3 +121,33 @@ async def test_long_command(ssh: SSH, where: str) -> None:
     assert done.stdout.split() == ["400001", "end"]
     done = await transport.run("od -An -tx1", stdin="\udcff", timeout=20)
     assert done.stdout.split() == ["ff"]
+
+
+def test_half_of_a_long_command(tmp_path: Path) -> None:
+    """Of a command that doesn't arrive as a whole, nothing is run."""
+    short, text = _transports.by_stdin(f"touch {tmp_path}/made")
+    for stdin, made in ((text[:-1], []), (text, ["made"])):
+        subprocess.run(["/bin/sh", "-c", short], input=stdin, text=True, check=False)
+        assert os.listdir(tmp_path) == made
+
+
+async def test_no_room_here(node: LoginNode, ssh: SSH, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large file for which there is no room here is no harm to a small one."""
+    node.run(f"/bin/sh -c {shlex.quote(ODD)}")
+
+    def full(*args: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    names = ("large", "small")
+    large, small = await ssh.get([Wanted(f"{node.home}/odd/{name}") for name in names])
+    assert type(large) is ht.TransportError
+    assert "No space left" in str(large)
+    assert small == b"small\n"
+
+
+async def test_command_takes_too_long(ssh: SSH) -> None:
+    """A command that takes too long is ended, and the link stands."""
+    with pytest.raises(TimeoutError):
+        await ssh.run("echo $$ >pid; sleep 100", timeout=0.5)
+    assert (await ssh.run("kill -0 $(cat pid) && echo lives; rm pid", timeout=10)).stdout == ""
