@@ -431,6 +431,7 @@ def test_signs() -> None:
     assert shell.parse_sign("5.1.on.77.node7.site") == Sign(5, 1, "on", "77", node="node7.site")
     assert shell.parse_sign("5.0.result") == Sign(5, 0, "result")
     assert shell.parse_sign("[0-9]*") is None
+    assert shell.parse_sign("5.stop") is None
 
 
 @pytest.mark.parametrize("program", ["sh", "bash", "dash"])
