@@ -784,7 +784,7 @@ async def _make_rundir() -> RunDirectory:
 
 
 def _close_unused(made: Future[RunDirectory]) -> None:
-    if made.exception() is None:
+    if not made.cancelled() and made.exception() is None:
         made.result().close()
 
 

@@ -1,7 +1,8 @@
 """Blocking work of ours, in threads of ours: a service that fills the loop's own pool can't hold us up.
 
-A call has a thread of its own, which ends with it. Threads that wait for the next call would keep the process:
-where a loop is never closed (a notebook, `python -m asyncio`, `run_forever`) nobody tells them to end.
+Not in AnyIO's threads, which end with the task that the loop was run for: where that never ends (a notebook,
+`python -m asyncio`, `run_forever`) they would keep the process. An executor's end with the loop's object, or when
+the interpreter exits.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _AT_ONCE = 16
-_limiter: RunVar[anyio.CapacityLimiter] = RunVar("aiohypertunity-threads")
+_UNBOUNDED = 1 << 16
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("aiohypertunity-limiter")
+_threads: RunVar[ThreadPoolExecutor] = RunVar("aiohypertunity-threads")
 
 
 async def in_thread(
@@ -38,40 +41,43 @@ async def in_thread(
         limiter: What bounds the number of threads, for calls that last as long as a job does.
         endless: Whether the process may end before the call does.
     """
-    async with limiter or _shared_limiter():
+    if limiter is None:
+        limiter = _of_loop(_limiter, lambda: anyio.CapacityLimiter(_AT_ONCE))
+    async with limiter:
         with anyio.CancelScope(shield=True):
             return await asyncio.wrap_future(start_thread(function, *args, endless=endless))
     raise AssertionError("unreachable")
 
 
 def start_thread(function: Callable[..., T], *args: object, endless: bool = False) -> Future[T]:
-    """The same without waiting, and without a bound. What it gives can't be cancelled."""
+    """The same without waiting, and without a bound. What it gives can't be cancelled once it runs."""
+    run = contextvars.copy_context().run
+    if not endless:
+        threads = _of_loop(_threads, lambda: ThreadPoolExecutor(_UNBOUNDED, "aiohypertunity"))
+        try:
+            return threads.submit(run, function, *args)
+        except RuntimeError:  # the interpreter exits, and a scheduler is closed by what exit calls
+            pass
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
-    context = contextvars.copy_context()
-    threading.Thread(
-        target=_run, args=(future, context, function, args), name="aiohypertunity", daemon=endless
-    ).start()
+    threading.Thread(target=_call, args=(future, run, function, args), daemon=endless).start()
     return future
 
 
-def _shared_limiter() -> anyio.CapacityLimiter:
+def _of_loop(variable: RunVar[T], make: Callable[[], T]) -> T:
     try:
-        return _limiter.get()
+        return variable.get()
     except LookupError:
-        limiter = anyio.CapacityLimiter(_AT_ONCE)
-        _limiter.set(limiter)
-        return limiter
+        value = make()
+        variable.set(value)
+        return value
 
 
-def _run(
-    future: Future[T],
-    context: contextvars.Context,
-    function: Callable[..., T],
-    args: tuple[object, ...],
+def _call(
+    future: Future[T], run: Callable[..., T], function: Callable[..., T], args: tuple[object, ...]
 ) -> None:
     try:
-        future.set_result(context.run(function, *args))
+        future.set_result(run(function, *args))
     except BaseException as error:
         future.set_exception(error)
     finally:

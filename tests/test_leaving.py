@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -247,18 +248,22 @@ class TestLeavingTheBlock:
     async def test_a_start_that_is_cancelled(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What it had begun to make is removed once it's made."""
         made = []
+        begun, cancelled = threading.Event(), threading.Event()
 
         class Noted(_rundir.RunDirectory):
             def __init__(self) -> None:
+                begun.set()
+                cancelled.wait(PATIENCE)
                 super().__init__()
                 made.append(self)
 
         monkeypatch.setattr(_scheduler, "RunDirectory", Noted)
         starting = asyncio.ensure_future(Scheduler(n_parallel=1).start())
-        await asyncio.sleep(0)
+        await until(begun.is_set)
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
+        cancelled.set()
         await until(lambda: made and not any(map(os.path.exists, made[0].buffer_directories)))
 
     async def test_nothing_is_left(self, tmp_path: Path) -> None:
