@@ -96,6 +96,39 @@ async def test_a_node_fails(
     assert result.host == node
 
 
+def beat(directory: str) -> None:
+    """Says ten times a second that it's alive."""
+    path = Path(directory) / os.environ["SLURM_JOB_ID"]
+    while True:
+        with path.open("a") as file:
+            file.write(f"{time.time()}\n")
+        time.sleep(0.1)
+
+
+async def test_no_retry_beside_a_lost_attempt(
+    slurm: Callable[..., ht.Slurm], cluster: SlurmCluster, notes: Path
+) -> None:
+    """A node that Slurm has lost may run on: the attempt there is ended before the next one begins."""
+    options = {"no-requeue": True, "exclude": ",".join(cluster.nodes[2:])}
+    async with ht.Scheduler(slurm=slurm(options=options)) as scheduler:
+        [handle] = scheduler.dispatch(SlurmJob(beat, (str(notes),), retries=1))
+        await handle.wait_started()
+        node = handle.node
+        assert node is not None
+        cluster.kill_slurmd(node)
+        try:
+            await until(lambda: len(list(notes.iterdir())) == 2, 60)
+            handle.cancel()
+            await asyncio.wait_for(handle, 30)
+        finally:
+            await asyncio.to_thread(cluster.start_slurmd, node)
+    first, second = sorted(
+        [float(line) for line in path.read_text().split()] for path in notes.iterdir()
+    )
+    assert first[-1] < second[0]
+    await asyncio.to_thread(cluster.wait_idle, 30)
+
+
 async def test_a_requeued_twin(
     slurm: Callable[..., ht.Slurm], cluster: SlurmCluster, tmp_path: Path
 ) -> None:

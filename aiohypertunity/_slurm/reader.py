@@ -38,6 +38,9 @@ _TRIES = 5
 _FIRST, _MOST = 8, 64
 """Elements that are read at once."""
 
+_LAST_WORD, _PAUSE = 5.0, 0.5
+"""Seconds that a job has to end whose node is lost, if that still runs; and between looks for it."""
+
 _BYTES = 32 << 20
 """Bytes of results that are to be read at once."""
 
@@ -92,6 +95,7 @@ class Reader:
 
     async def _read(self, batch: Sequence[tuple[Element, Fate]]) -> None:
         batch = await self._confirm(batch)
+        await self._end([e for e, fate in batch if fate is Fate.NODE and e.claims])
         failed = [e for e, fate in batch if fate not in {Fate.READ, Fate.CANCELLED}]
         if failed and self._accounting.answers():
             await self._accounting.ask(
@@ -128,16 +132,28 @@ class Reader:
     async def _confirm(self, batch: Sequence[tuple[Element, Fate]]) -> list[tuple[Element, Fate]]:
         """Looks into the spool once more for those whose shell has left no word: the watcher may be stuck."""
         silent = [e for e, fate in batch if fate is not Fate.READ and e.end is None]
-        for submission in {e.submission for e in silent if e.submission is not None}:
-            command = shell.listing(submission.directory)
-            done = await self._cluster.shell(command)
-            if done.exit_status == 0:
-                self._watcher.take_names(submission, done.stdout.strip())
+        await self._list(silent)
         changed = {e for e in silent if e.result is not None or e.end is not None}
         for element in changed:
             element.reading = False
             self._state.suspect(element)
         return [(e, fate) for e, fate in batch if e not in changed]
+
+    async def _list(self, elements: Sequence[Element]) -> None:
+        for submission in _submissions(elements):
+            done = await self._cluster.shell(shell.listing(submission.directory))
+            if done.exit_status == 0:
+                self._watcher.take_names(submission, done.stdout.strip())
+
+    async def _end(self, elements: Sequence[Element]) -> None:
+        """Slurm has lost their nodes, where they may still run: they are told to end, and given time for a word."""
+        for submission in _submissions(elements):
+            indices = [e.index for e in elements if e.submission is submission]
+            await self._cluster.shell(shell.stop(submission.directory, indices))
+        until = self._cluster.now() + _LAST_WORD
+        while any(e.end is None for e in elements) and self._cluster.now() < until:
+            await asyncio.sleep(_PAUSE)
+            await self._list(elements)
 
     async def _conclude(
         self,
@@ -251,6 +267,10 @@ class Reader:
             del submission.garbage[:n_names]
         if all(s.n_left == 0 for s in self._state.submissions.values()):
             self._watcher.rest()
+
+
+def _submissions(elements: Sequence[Element]) -> set[Submission]:
+    return {e.submission for e in elements if e.submission is not None}
 
 
 def _held(content: bytes | TransportError | None) -> bytes | None:

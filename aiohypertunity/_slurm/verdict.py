@@ -65,7 +65,7 @@ class Facts(NamedTuple):
         state_since: When squeue was asked that first said so.
         missing_since: When a squeue that succeeded first didn't know it; None if the last one did.
         n_missing: How many in a row.
-        siblings: Whether the last of those knew others of its array.
+        siblings: Whether any of those knew others of its array.
         account: What the accounting says.
         account_open: Whether the accounting may still tell something.
         cancelled_at: When an scancel of ours for it was accepted.
