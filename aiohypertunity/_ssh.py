@@ -4,6 +4,9 @@ One connection carries everything, in channels: each command has one for as long
 watcher keeps one. Servers bound their number (`MaxSessions`): where one is refused while others are open, we
 make do with fewer, and in the end with one, for which the watcher then gives way.
 
+A host that never answered may be a slip of the pen: after some tries that is said. One that has answered is waited
+for, whatever it does: drops channels, refuses them, refuses us, or is gone.
+
 What the login shell is and what its rc files print can't be known. So a command goes to /bin/sh, in letters
 that mean the same to every shell, and what it says stands between marks. Without the second mark
 nobody knows what became of it: that is a `LinkLost`, whatever the channel's exit status says.
@@ -78,8 +81,9 @@ class SSH:
 
     Args:
         host: `user@host:port`, or an alias of `~/.ssh/config`.
-        connect: Options of `asyncssh.connect`. And `prompt`: what answers when the server asks for a
-            password or a code: a function, sync or async, from its words to the answer.
+        connect: Options of `asyncssh.connect`, which are for jump hosts too, except the password. And `prompt`:
+            what answers when a server asks for a password or a code: a function, sync or async, from
+            its words to the answer. A jump host's words begin with its name.
         emit: Takes `LinkDown` and `LinkUp`.
     """
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 # As in sshd_config, where of two lines with one keyword the first counts.
 SSHD_CONFIG = {
-    "ListenAddress": HOST,
     "PidFile": "none",
     # Our directories lie below one that is everybody's.
     "StrictModes": "no",

@@ -53,7 +53,7 @@ class Staging:
 
     def __init__(self, files: Sequence[str | os.PathLike[str]]) -> None:
         self._files: dict[str, str] = {}
-        for path in map(os.path.abspath, files):
+        for path in (os.path.abspath(file) for file in files):
             other = self._files.setdefault(os.path.basename(path), path)
             if other != path:
                 raise ValueError(f"files: {other} and {path} would be one file beside the scripts")
