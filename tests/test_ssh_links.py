@@ -71,8 +71,9 @@ async def test_killed_in_the_middle(node: LoginNode, ssh: SSH) -> None:
 def moody(cluster: SlurmCluster, tmp_path: Path) -> Iterator[tuple[LoginNode, Path]]:
     """A login node, and a file that makes it drop all channels while it's there."""
     text = """\
-        #!/bin/sh
+        #!/bin/bash
         [ -e ~/drop ] && exit 1
+        [ -e ~/full ] && ulimit -u 1
         exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"
         """
     forced = script(cluster.public / "drop all", text, mode=0o755)
@@ -94,6 +95,24 @@ async def test_drops_all_channels(moody: tuple[LoginNode, Path]) -> None:
             await ssh.get([Wanted("/etc/passwd")])
         drop.unlink()
         assert await said(ssh, "echo again") == "again\n"
+
+
+async def test_full_process_table(moody: tuple[LoginNode, Path]) -> None:
+    """A host on which nothing can be started at present is waited for; nothing is taken for absent."""
+    node, drop = moody
+    full = drop.with_name("full")
+    async with linked(f"{node.user}@{node.host}:{node.port}", connect(node)) as ssh:
+        assert await said(ssh, "echo here") == "here\n"
+        full.touch()
+        with pytest.raises(LinkLost):
+            await said(ssh, "sleep 0; echo here")
+        with pytest.raises(LinkLost):
+            await ssh.get([Wanted("/etc/passwd"), Wanted("/nonexistent")])
+        with pytest.raises(LinkLost):
+            await ssh.fetch("/etc/passwd")
+        full.unlink()
+        assert await said(ssh, "echo again") == "again\n"
+        assert len(await ssh.get([Wanted("/etc/passwd")])) == 1
 
 
 async def test_runs_no_commands(moody: tuple[LoginNode, Path]) -> None:
