@@ -1,16 +1,17 @@
 """Blocking work of ours, in threads of ours: a service that fills the loop's own pool can't hold us up.
 
-Not in AnyIO's threads, which end with the task that the loop was run for: where that never ends (a notebook,
-`python -m asyncio`, `run_forever`) they would keep the process. An executor's end with the loop's object, or when
-the interpreter exits.
+Nobody has to tell them to end, since where a loop never ends (a notebook, `python -m asyncio`, `run_forever`) or
+Ctrl-C strikes while one is started, nobody would: they go when they have had nothing to do for a while, and
+don't keep the process. What it leaves half done, the guardian ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import queue
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
@@ -22,16 +23,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _AT_ONCE = 16
-_UNBOUNDED = 1 << 16
-_limiter: RunVar[anyio.CapacityLimiter] = RunVar("aiohypertunity-limiter")
-_threads: RunVar[ThreadPoolExecutor] = RunVar("aiohypertunity-threads")
+_IDLE = 5.0
+"""Seconds after which a thread that has nothing to do ends."""
 
 
 async def in_thread(
     function: Callable[..., T],
     *args: object,
     limiter: anyio.CapacityLimiter | None = None,
-    endless: bool = False,
 ) -> T:
     """Calls a blocking function in a thread; a scope that is cancelled waits for it all the same.
 
@@ -39,29 +38,52 @@ async def in_thread(
         function: What to call.
         *args: Its arguments.
         limiter: What bounds the number of threads, for calls that last as long as a job does.
-        endless: Whether the process may end before the call does.
     """
     if limiter is None:
         limiter = _of_loop(_limiter, lambda: anyio.CapacityLimiter(_AT_ONCE))
     async with limiter:
         with anyio.CancelScope(shield=True):
-            return await asyncio.wrap_future(start_thread(function, *args, endless=endless))
+            return await asyncio.wrap_future(start_thread(function, *args))
     raise AssertionError("unreachable")
 
 
-def start_thread(function: Callable[..., T], *args: object, endless: bool = False) -> Future[T]:
-    """The same without waiting, and without a bound. What it gives can't be cancelled once it runs."""
-    run = contextvars.copy_context().run
-    if not endless:
-        threads = _of_loop(_threads, lambda: ThreadPoolExecutor(_UNBOUNDED, "aiohypertunity"))
-        try:
-            return threads.submit(run, function, *args)
-        except RuntimeError:  # the interpreter exits, and a scheduler is closed by what exit calls
-            pass
+def start_thread(function: Callable[..., T], *args: object) -> Future[T]:
+    """The same without waiting, and without a bound. What it gives can't be cancelled."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
-    threading.Thread(target=_call, args=(future, run, function, args), daemon=endless).start()
+    run = contextvars.copy_context().run
+    _of_loop(_threads, _Threads).call(lambda: _call(future, run, function, args))
     return future
+
+
+class _Threads:
+    """As many threads as have something to do at once, and those that have just had."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._n_idle = threading.Semaphore(0)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Calls a function that raises nothing."""
+        self._calls.put(function)
+        if not self._n_idle.acquire(blocking=False):
+            threading.Thread(target=self._work, name="aiohypertunity", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                function = self._calls.get(timeout=_IDLE)
+            except queue.Empty:
+                if self._n_idle.acquire(blocking=False):
+                    return
+                continue  # somebody relies on it: a call is on its way
+            function()
+            del function
+            self._n_idle.release()
+
+
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("aiohypertunity-limiter")
+_threads: RunVar[_Threads] = RunVar("aiohypertunity-threads")
 
 
 def _of_loop(variable: RunVar[T], make: Callable[[], T]) -> T:

@@ -385,8 +385,7 @@ async def exit_status(process: subprocess.Popen[bytes]) -> int:
         descriptor = os.pidfd_open(process.pid)
     except (AttributeError, OSError):
         # Not in one of our few threads: it lasts as long as the worker does.
-        waiting = anyio.CapacityLimiter(1)
-        return await in_thread(process.wait, limiter=waiting, endless=True)
+        return await in_thread(process.wait, limiter=anyio.CapacityLimiter(1))
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_reader(descriptor, ended.set)
