@@ -70,7 +70,6 @@ def _guard(parent: int, directory: str, index: str, mark: str, answered: threadi
     disk = os.path.dirname(os.path.dirname(directory))
     missed = -math.inf
     while os.getppid() == parent and missed < _MISSED:
-        time.sleep(0.5)
         # What has its result may remove all.
         if answered.is_set() or os.path.exists(mark):
             missed = 0.0
@@ -78,6 +77,7 @@ def _guard(parent: int, directory: str, index: str, mark: str, answered: threadi
             break
         elif os.path.exists(disk):
             missed += 0.5
+        time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)
 
 

@@ -234,11 +234,11 @@ ht_guardian() {{
     # A look at the mark costs no message while the node's memory of it is fresh. It's only missed
     # if it was there, and if the disk is.
     while kill -s 0 $$ && [ "$ht_missed" -lt {missed} ]; do
+        if [ -e "$ht_mark" ]; then ht_missed=0
+        elif [ -e "$ht_dir/$ht_index.stop" ]; then break
+        elif [ -e "${{ht_dir%/*/*}}" ]; then ht_missed=$((ht_missed + 1)); fi
         sleep 1 & ht_nap=$!
         wait "$ht_nap"
-        if [ -e "$ht_mark" ]; then ht_missed=0; continue; fi
-        [ ! -e "$ht_dir/$ht_index.stop" ] || break
-        [ ! -e "${{ht_dir%/*/*}}" ] || ht_missed=$((ht_missed + 1))
     done
     ht_kill KILL
 }} 2>/dev/null
