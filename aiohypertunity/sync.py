@@ -9,6 +9,7 @@ On purpose different from the async one: `collect` returns a list, in the order 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections import deque
@@ -365,11 +366,12 @@ class _LoopThread:
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function there and waits; interrupted, it cancels the call."""
-        future = self._ready.result().start_task_soon(function, *args)
+        outcome: Future[Any] = Future()
         try:
-            return future.result()
+            self._ready.result().start_task_soon(_run, outcome, function, args)
+            return outcome.result()
         except BaseException:
-            future.cancel()
+            outcome.cancel()
             raise
 
     def close(self) -> None:
@@ -391,6 +393,32 @@ def _serve(ready: Future[BlockingPortal]) -> None:
     except BaseException as error:
         with contextlib.suppress(InvalidStateError):
             ready.set_exception(error)
+
+
+async def _run(outcome: Future[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """A call for whoever waits for `outcome`: cancelled with it, also before this begins."""
+    loop = asyncio.get_running_loop()
+    with anyio.CancelScope() as scope:
+
+        def stop(outcome: Future[Any]) -> None:
+            if outcome.cancelled():
+                loop.call_soon_threadsafe(scope.cancel)
+
+        outcome.add_done_callback(stop)
+        if outcome.cancelled():
+            return
+        try:
+            value = function(*args)
+            value = await value if isinstance(value, Coroutine) else value
+        except asyncio.CancelledError:
+            outcome.cancel()
+            raise
+        except BaseException as error:
+            with contextlib.suppress(InvalidStateError):
+                outcome.set_exception(error)
+        else:
+            with contextlib.suppress(InvalidStateError):
+                outcome.set_result(value)
 
 
 class _Portal:
@@ -447,13 +475,13 @@ def _collect(
 
     try:
         portal.call(take)
+        if ordered:
+            taken.sort(key=lambda entry: entry.seq)
+        return [cast("Result[T]", entry.result) for entry in taken]
     except BaseException:
         # The interrupt may have come when they were taken already.
         portal.call(collector.give_back, taken)
         raise
-    if ordered:
-        taken.sort(key=lambda entry: entry.seq)
-    return [cast("Result[T]", entry.result) for entry in taken]
 
 
 class _Stream(Generic[T]):

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -344,6 +345,43 @@ def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=PATIENCE)
     assert (stdout, stderr) == ("['gate', 0, 2, 4, 6, 8]\n", "")
+
+
+def test_ctrl_c_at_any_point_of_a_collect_loses_nothing(tmp_path: Path) -> None:
+    """Before it waits, or when it has what it waited for."""
+
+    def is_interrupted_at(point: int, batch: sync.Batch[Any]) -> bool:
+        def trace(frame: Any, event: str, _: object) -> Any:
+            nonlocal point
+            if not frame.f_code.co_filename.endswith(("sync.py", "from_thread.py")):
+                return None
+            point -= event == "line"
+            if point < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            batch.collect()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    with Scheduler(n_parallel=1) as scheduler:
+        for point in itertools.count():
+            gate = tmp_path / str(point)
+            batch = scheduler.dispatch(Job(tasks.gate, args=(str(gate), point)))
+            opening = threading.Timer(0.05, gate.touch)
+            opening.start()
+            interrupted = is_interrupted_at(point, batch)
+            opening.join()
+            if not interrupted:
+                break
+            assert [result.data for result in batch.collect()] == [point]
+    assert point > 9
 
 
 @pytest.mark.parametrize("n_times", [1, 2])
