@@ -64,8 +64,10 @@ async def _checks(slurm: Slurm, cluster: Cluster) -> AsyncIterator[Check]:
         f"{lines[0]} ({lines[1] if len(lines) > 1 else text.last_words(found.stderr)})",
     )
     found = await _run(cluster, text.SITE_COMMAND)
-    if not found.ok:
-        yield Check("slurmctld", False, text.last_words(found.stderr))
+    hopeless = text.hopeless(found.stdout)
+    if hopeless or not found.ok:
+        words = hopeless or text.last_words(text.complaint(found.stdout))
+        yield Check("slurmctld", False, words)
         return
     site = text.parse_site(found.stdout)
     yield Check("slurmctld", True, f"answers; Slurm {site.version}")

@@ -176,7 +176,9 @@ class Cluster:
         if hopeless is not None:
             with contextlib.suppress(TransportError):
                 await self.shell(shell.remove_tree(found))
-            raise SubmitError(f"Slurm can't be used here: {hopeless}")
+            raise SubmitError(
+                f"Slurm can't be used here: {hopeless}; `python -m aiohypertunity doctor` looks closer"
+            )
         self.site = text.parse_site(done.stdout)
         files = await in_thread(node_code)
         placed = {f"{found}/node/{name}": content for name, content in files.items()}

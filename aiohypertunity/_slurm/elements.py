@@ -51,6 +51,7 @@ class Element:
         "started_at",
         "starts",
         "state_since",
+        "stopped",
         "stopping",
         "submission",
     )  # fmt: skip
@@ -85,6 +86,7 @@ class Element:
         self.account_asked = False
         self.cancelled_at: float | None = None
         self.stopping = False
+        self.stopped = False
         self.expired = False
         self.reading = False
         self.done = False
@@ -160,6 +162,7 @@ class Element:
             lost=self.bad_result or "none was found",
             started=bool(self.claims),
             is_script=self.is_script,
+            options=self.group[1],
         )
 
     def saw(self, seen: text.Seen, at: float) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import anyio
 
 from .. import _failures
 from .._errors import TransportError
@@ -20,7 +24,7 @@ from .cluster import BREATH
 from .verdict import Fate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from .._calls import ScriptCall
     from . import Slurm
@@ -38,8 +42,8 @@ _TRIES = 5
 _FIRST, _MOST = 8, 64
 """Elements that are read at once."""
 
-_LAST_WORD, _PAUSE = 5.0, 0.5
-"""Seconds that a job has to end whose node is lost, if that still runs; and between looks for it."""
+_LAST_WORD, _PAUSE = 60.0, 0.5
+"""Seconds that a job may take to end whose node is lost: NFS remembers names for so long; and between looks."""
 
 _BYTES = 32 << 20
 """Bytes of results that are to be read at once."""
@@ -74,6 +78,10 @@ class Reader:
         self._n_at_once = _FIRST
 
     async def run(self) -> None:
+        async with anyio.create_task_group() as self._lost:
+            await self._read_forever()
+
+    async def _read_forever(self) -> None:
         while True:
             await self._state.ended.wait()
             self._state.ended.clear()
@@ -95,7 +103,12 @@ class Reader:
 
     async def _read(self, batch: Sequence[tuple[Element, Fate]]) -> None:
         batch = await self._confirm(batch)
-        await self._end([e for e, fate in batch if fate is Fate.NODE and e.claims])
+        lost = {e for e, fate in batch if fate is Fate.NODE and e.claims and not e.stopped}
+        if lost:
+            self._lost.start_soon(self._stop, lost)
+            batch = [(e, fate) for e, fate in batch if e not in lost]
+        if not batch:
+            return
         failed = [e for e, fate in batch if fate not in {Fate.READ, Fate.CANCELLED}]
         if failed and self._accounting.answers():
             await self._accounting.ask(
@@ -139,21 +152,31 @@ class Reader:
             self._state.suspect(element)
         return [(e, fate) for e, fate in batch if e not in changed]
 
-    async def _list(self, elements: Sequence[Element]) -> None:
+    async def _list(self, elements: Collection[Element]) -> None:
         for submission in _submissions(elements):
             done = await self._cluster.shell(shell.listing(submission.directory))
             if done.exit_status == 0:
                 self._watcher.take_names(submission, done.stdout.strip())
 
-    async def _end(self, elements: Sequence[Element]) -> None:
-        """Slurm has lost their nodes, where they may still run: they are told to end, and given time for a word."""
-        for submission in _submissions(elements):
-            indices = [e.index for e in elements if e.submission is submission]
-            await self._cluster.shell(shell.stop(submission.directory, indices))
-        until = self._cluster.now() + _LAST_WORD
-        while any(e.end is None for e in elements) and self._cluster.now() < until:
-            await asyncio.sleep(_PAUSE)
-            await self._list(elements)
+    async def _stop(self, elements: Collection[Element]) -> None:
+        """Slurm has lost their nodes, where they may still run: they are told to end.
+
+        Those that are to be tried again are waited for, as far as that has a bound: nothing runs twice.
+        """
+        with contextlib.suppress(TransportError):
+            for submission in _submissions(elements):
+                indices = [e.index for e in elements if e.submission is submission]
+                command = shell.stop(submission.directory, indices)
+                await self._cluster.through(functools.partial(self._cluster.shell, command))
+            until = self._cluster.now() + _LAST_WORD
+            again = [e for e in elements if e.entry.retries_left]
+            while any(e.end is None for e in again) and self._cluster.now() < until:
+                await asyncio.sleep(_PAUSE)
+                await self._cluster.through(functools.partial(self._list, again))
+        for element in elements:
+            element.stopped = True
+            self._state.endings.append((element, Fate.NODE))
+        self._state.ended.set()
 
     async def _conclude(
         self,
@@ -269,7 +292,7 @@ class Reader:
             self._watcher.rest()
 
 
-def _submissions(elements: Sequence[Element]) -> set[Submission]:
+def _submissions(elements: Collection[Element]) -> set[Submission]:
     return {e.submission for e in elements if e.submission is not None}
 
 

@@ -206,7 +206,7 @@ class Submitter:
         words = text.last_words(done.stderr or done.stdout)
         if done.exit_status == 0:
             return text.parse_submitted(done.stdout), words, "again"
-        return None, words, text.refusal(words)
+        return None, words, text.refusal(done.stderr or done.stdout)
 
     async def _look_up(self, submission: Submission, *, wait: bool) -> str | None:
         """The id of an array that may have been queued; it may take a message's time to appear."""

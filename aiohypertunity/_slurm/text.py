@@ -314,19 +314,20 @@ _NO_CONFIGURATION = re.compile(
     r"|s_p_parse_file",
     re.IGNORECASE,
 )
-_DOCTOR = "try `python -m aiohypertunity doctor`"
 
 
 def hopeless(stdout: str) -> str | None:
     """Why Slurm can't be used at all, by the answer to `SITE_COMMAND`; None if it can, or if time may mend it."""
     if f"{_MARK} no sbatch" in stdout:
-        return f"there is no sbatch on PATH: Slurm(setup=...) takes shell lines that put it there; {_DOCTOR}"
+        return "there is no sbatch on PATH: Slurm(setup=...) takes shell lines that put it there"
     if f"{_MARK} no " in stdout:
         path = stdout.partition(f"{_MARK} no ")[2].partition("\n")[0]
-        return f"SLURM_CONF={path} can't be read; {_DOCTOR}"
+        return f"SLURM_CONF={path} can't be read"
     words = complaint(stdout)
     if _NO_CONFIGURATION.search(words):
-        return f"this machine has sbatch, but no slurm.conf: is it a login node? {_DOCTOR} ({last_words(words)})"
+        return (
+            f"this machine has sbatch, but no slurm.conf: is it a login node? ({last_words(words)})"
+        )
     if _config(stdout).get("MaxArraySize") == "0":
         return "it takes no job arrays (MaxArraySize is 0 in its slurm.conf), and all jobs are submitted as such"
     return None
