@@ -88,7 +88,7 @@ async def test_drops_all_channels(moody: tuple[LoginNode, Path]) -> None:
     async with linked(f"{node.user}@{node.host}:{node.port}", connect(node)) as ssh:
         assert await said(ssh, "echo here") == "here\n"
         drop.touch()
-        for _ in range(2 * _ssh._MUTE):
+        for _ in range(2 * _ssh.channels._MUTE):
             with pytest.raises(LinkLost):
                 await said(ssh, "echo here")
         with pytest.raises(LinkLost):
@@ -158,19 +158,19 @@ async def test_cancelled_while_a_channel_opens(node: LoginNode) -> None:
 async def test_archives_are_bounded(ssh: SSH, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much is asked for at once, it comes in pieces that don't fill the memory."""
     sizes = []
-    sort_out = _ssh._sort_out
+    sort_out = _ssh.transport.sort_out
 
     def noted(last: Any, came: Any, mark: str) -> Any:
         sizes.append(len(came.stdout))
         return sort_out(last, came, mark)
 
-    monkeypatch.setattr(_ssh, "_sort_out", noted)
+    monkeypatch.setattr(_ssh.transport, "sort_out", noted)
     home = (await said(ssh, "mkdir many; cd many; pwd")).strip()
     await said(ssh, "cd many; for n in $(seq 30); do head -c 1000000 /dev/zero >$n; done")
     contents = await ssh.get([Wanted(f"{home}/{n}") for n in range(1, 31)])
     await said(ssh, "rm -r many")
     assert contents == [bytes(1_000_000)] * 30
-    assert max(sizes) < 1.1 * _ssh._LARGE
+    assert max(sizes) < 1.1 * _ssh.wanted._LARGE
 
 
 # A server that does what it's told.
@@ -286,7 +286,7 @@ async def test_server_that_hangs_up_after_the_log_in() -> None:
 
 async def test_server_that_refuses_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has answered once is waited for, however many channels it refuses."""
-    monkeypatch.setattr(_ssh, "_REFUSALS", 2)
+    monkeypatch.setattr(_ssh.channels, "_REFUSALS", 2)
     async with (
         Server(refuses=True).running() as server,
         linked(f"127.0.0.1:{server.port}", options_for(server)) as ssh,
@@ -361,7 +361,7 @@ async def test_missing_key_file(node: LoginNode) -> None:
 
 async def test_wrong_port(node: LoginNode, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that never answered is tried for some time; then its port is named."""
-    monkeypatch.setattr(_ssh, "_FIRST", 1.0)
+    monkeypatch.setattr(_ssh.link, "_FIRST", 1.0)
     with Link(node.port) as link:
         link.cut()
         async with linked(f"127.0.0.1:{link.port}", connect(node)) as ssh:
@@ -406,7 +406,7 @@ def jump_config(path: Path, gate: Server, server: Server) -> dict[str, Any]:
 
 async def test_jump_host_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A jump host that takes its time and asks gets its answer, and not another host's password."""
-    monkeypatch.setattr(_ssh, "_CONNECT", 0.5)
+    monkeypatch.setattr(_ssh.login, "_CONNECT", 0.5)
     asked = []
 
     def answer(words: str) -> str:
@@ -440,11 +440,11 @@ def test_configuration_comes_first(tmp_path: Path) -> None:
     text = "Host far\n  ServerAliveInterval 7\n  Ciphers aes256-ctr\n  ConnectTimeout 3\n"
     config = script(tmp_path / "config", text)
     address = Address("far")
-    way = _ssh._resolve(address, {"config": str(config)}, False)
+    way = _ssh.login.resolve(address, {"config": str(config)}, False)
     assert not {"keepalive_interval", "encryption_algs"} & set(way.options)
-    assert way.options["keepalive_count_max"] == _ssh._KEEPALIVES
+    assert way.options["keepalive_count_max"] == _ssh.login._KEEPALIVES
     assert way.patience == 3
-    assert _ssh._resolve(address, {"config": None}, False).patience == _ssh._CONNECT
+    assert _ssh.login.resolve(address, {"config": None}, False).patience == _ssh.login._CONNECT
 
 
 # Who logs in, and how.
@@ -452,7 +452,7 @@ def test_configuration_comes_first(tmp_path: Path) -> None:
 
 async def test_question_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """A question that nobody answers in time is asked once, and its answer is good for the next log-in."""
-    monkeypatch.setattr(_ssh, "_TYPING", 0.5)
+    monkeypatch.setattr(_ssh.login, "_TYPING", 0.5)
     answered = threading.Event()
     asked = []
 
@@ -531,8 +531,9 @@ async def test_ipv6(tmp_path: Path) -> None:
 
 async def test_frozen_link_is_noticed(node: LoginNode, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link that says nothing any more is given up, and used again when it's back."""
-    defaults = tuple((n, w, 0.3 if n == "keepalive_interval" else d) for n, w, d in _ssh._DEFAULTS)
-    monkeypatch.setattr(_ssh, "_DEFAULTS", defaults)
+    login = _ssh.login
+    defaults = tuple((n, w, 0.3 if n == "keepalive_interval" else d) for n, w, d in login._DEFAULTS)
+    monkeypatch.setattr(login, "_DEFAULTS", defaults)
     events: list[object] = []
     with Link(node.port) as link:
         ssh = SSH(f"{node.user}@{node.host}:{link.port}", connect(node), events.append)

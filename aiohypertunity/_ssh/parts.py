@@ -1,0 +1,172 @@
+"""A large file, through a channel of its own, from where the last attempt left off."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shlex
+import shutil
+import tempfile
+import zlib
+from typing import TYPE_CHECKING
+
+from .._errors import TransportError
+from .._threads import in_thread
+from .._transports import LinkLost
+from .framing import PIECE, marked
+from .link import TROUBLE
+
+if TYPE_CHECKING:
+    from .channels import Channels
+    from .link import Process
+
+
+class Parts:
+    """The large files that are on their way here.
+
+    Args:
+        channels: Through which they come.
+    """
+
+    def __init__(self, channels: Channels) -> None:
+        self._channels = channels
+        self._link = channels.link
+        self._mark = channels.mark
+        self._parts: dict[str, Part] = {}
+        self._directory: str | None = None
+
+    async def fetch(self, path: str) -> str:
+        """As `Transport.fetch`."""
+        try:
+            part = await self._part(path)
+            for is_last in (False, True):
+                if await self._bring(part):
+                    break
+                await in_thread(part.restart)
+                if is_last:
+                    raise TransportError(
+                        f"{path} on {self._link.host} came twice with a wrong checksum"
+                    )
+        except OSError as error:
+            words = f"can't write what comes of {path} to {tempfile.gettempdir()}: {error.strerror}"
+            raise TransportError(words) from error
+        del self._parts[path]
+        return part.here
+
+    async def _part(self, path: str) -> Part:
+        """What there is of a file here."""
+        if self._directory is None:
+            prefix = f"aiohypertunity-{os.getuid()}-"
+            self._directory = await in_thread(tempfile.mkdtemp, "", prefix)
+        if path not in self._parts:
+            here = f"{self._directory}/{secrets.token_hex(8)}"
+            self._parts[path] = await in_thread(Part, path, here)
+        return self._parts[path]
+
+    async def _bring(self, part: Part) -> bool:
+        """Brings what is missing of a file; says whether the whole is right."""
+        path = shlex.quote(part.path)
+        summing = asyncio.ensure_future(self._channels.exchange(f"cksum <{path}"))
+        try:
+            await self._receive(part, f"tail -c +{part.size + 1} {path}")
+            words = (await summing).stdout.split()
+            if not words:
+                raise LinkLost(f"{self._link.host} can't read {part.path} now")
+        finally:
+            summing.cancel()
+            await asyncio.wait([summing])
+        return words == [b"%d" % part.checksum, b"%d" % part.size]
+
+    async def _receive(self, part: Part, command: str) -> None:
+        """Appends to a file what a command says."""
+        begin, end = f"\n{self._mark}\n".encode(), f"\n{self._mark} 0\n".encode()
+        async with self._channels.channel(marked(command, self._mark)) as process:
+            held = await self._read_until(process, begin)
+            while block := await self._read_block(process):
+                held += block
+                # What may be the mark at the end stays behind.
+                await in_thread(part.append, held[: -len(end)])
+                held = held[-len(end) :]
+            if held != end:
+                words = held.rpartition(f"\n{self._mark} ".encode())
+                if words[1]:
+                    raise TransportError(f"can't read {part.path} on {self._link.host}")
+                raise self._link.lost_in(process)
+
+    async def _read_until(self, process: Process, mark: bytes) -> bytes:
+        """Reads as far as a mark; gives what came after it."""
+        seen = b""
+        while mark not in seen:
+            piece = await self._read_piece(process)
+            if not piece:
+                raise self._channels.muted(process, seen)
+            seen += piece
+        self._channels.answered()
+        return seen.partition(mark)[2]
+
+    async def _read_block(self, process: Process) -> bytes:
+        """Reads so much that it's worth a thread's while; nothing at the end."""
+        pieces, size = [], 0
+        while size < PIECE and (piece := await self._read_piece(process)):
+            pieces.append(piece)
+            size += len(piece)
+        return b"".join(pieces)
+
+    async def _read_piece(self, process: Process) -> bytes:
+        try:
+            return await process.stdout.read(PIECE)
+        except TROUBLE as error:
+            raise LinkLost(f"the link to {self._link.host} failed: {error}") from error
+
+    async def aclose(self) -> None:
+        """Removes whatever of them is still here."""
+        if self._directory is not None:
+            await in_thread(shutil.rmtree, self._directory, True)  # whatever is in the way
+
+
+class Part:
+    """A large file, as far as it has come.
+
+    Attributes:
+        path: Where it is.
+        here: Where it is to be here.
+        size: How much of it is here.
+    """
+
+    def __init__(self, path: str, here: str) -> None:
+        self.path = path
+        self.here = here
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what has come."""
+        self.size = 0
+        self._crc = 0xFFFFFFFF
+        with open(self.here, "wb", opener=_private):
+            pass
+
+    def append(self, piece: bytes) -> None:
+        """Takes a piece."""
+        with open(self.here, "r+b") as file:
+            file.seek(self.size)
+            file.write(piece)
+        # After it is written: what fails in between comes again.
+        self._crc = zlib.crc32(piece.translate(_REVERSED), self._crc)
+        self.size += len(piece)
+
+    @property
+    def checksum(self) -> int:
+        """What POSIX's `cksum` says of it."""
+        n_bytes = (self.size.bit_length() + 7) // 8
+        size = self.size.to_bytes(n_bytes, "little").translate(_REVERSED)
+        return int(f"{zlib.crc32(size, self._crc):032b}"[::-1], 2)
+
+
+# The CRC of cksum is that of zlib with the bits of each byte, and of the sum, the other way round; it
+# begins with 0 instead of ones, and ends with the length.
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
