@@ -198,7 +198,7 @@ class Reader:
             outcome = await in_thread(_script_outcome, element, result, ending)
         else:
             try:
-                outcome = await self._callable_outcome(element, result)
+                outcome = await self._callable_outcome(element, result, ending.log)
             except spool.BadFile as error:
                 self._distrust(element, str(error))
                 return
@@ -213,7 +213,7 @@ class Reader:
         self._conclude_files(element, outcome)
         self._state.finish(element, outcome)
 
-    async def _callable_outcome(self, element: Element, content: bytes | None) -> Outcome:
+    async def _callable_outcome(self, element: Element, content: bytes | None, log: str) -> Outcome:
         if content is None:
             raise spool.BadFile("it is gone")
         reply = await in_thread(spool.parse_result, content)
@@ -229,7 +229,7 @@ class Reader:
             element.fetched[name] = path
             files.append(path)
         outcome = await in_thread(
-            _failures.from_reply, element.entry.job, reply.kind, reply.blob, files
+            _failures.from_reply, element.entry.job, reply.kind, reply.blob, files, log
         )
         facts = reply.facts
         outcome.host, outcome.pid = facts["host"], facts["pid"]
