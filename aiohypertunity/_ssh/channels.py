@@ -58,7 +58,7 @@ class Channels:
         self._has_answered = False
         self._n_mute = 0
         self._patience = Patience()
-        self._opening: set[asyncio.Future[Process]] = set()
+        self._opening: set[asyncio.Future[None]] = set()
 
     async def exchange(
         self,
@@ -160,23 +160,18 @@ class Channels:
         command: str,
         release: Callable[[], None] = lambda: None,
     ) -> Process:
-        """Opens a channel, or releases its place: when it has opened and is closed, if that was cancelled."""
+        """Opens a channel, or releases its place: if that was cancelled, once it has opened and is gone."""
         opening = asyncio.ensure_future(connection.create_process(command, encoding=None))
         try:
             return await asyncio.shield(opening)
-        except BaseException:
-            self._opening.add(opening)
-            if opening.done():
-                self._close_late(release, opening)
-            else:
-                opening.add_done_callback(functools.partial(self._close_late, release))
+        except asyncio.CancelledError:
+            ending = asyncio.ensure_future(_end_late(opening, release))
+            self._opening.add(ending)
+            ending.add_done_callback(self._opening.discard)
             raise
-
-    def _close_late(self, release: Callable[[], None], opening: asyncio.Future[Process]) -> None:
-        self._opening.discard(opening)
-        release()
-        if not opening.cancelled() and opening.exception() is None:
-            opening.result().close()
+        except BaseException:
+            release()
+            raise
 
     async def _talk(self, process: Process, stdin: AsyncIterator[bytes] | None) -> Said:
         try:
@@ -253,6 +248,15 @@ async def _feed(process: Process, stdin: AsyncIterator[bytes] | None) -> None:
     finally:
         with contextlib.suppress(*TROUBLE):
             process.stdin.write_eof()
+
+
+async def _end_late(opening: asyncio.Future[Process], release: Callable[[], None]) -> None:
+    try:
+        with contextlib.suppress(*TROUBLE):
+            # What was begun runs on there, and counts as a session, until it's ended.
+            await _end(await opening)
+    finally:
+        release()
 
 
 async def _end(process: Process) -> None:
