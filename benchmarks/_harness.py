@@ -95,11 +95,11 @@ class Runs:
         self.missing = missing
         self._figures = figures
 
-    def against(self, name: str) -> Runs:
-        """Ours and those of one other."""
+    def against(self, *names: str) -> Runs:
+        """Ours, and those of these others."""
         ours = next(iter(self._figures))
-        figures = {n: runs for n, runs in self._figures.items() if n in (ours, name)}
-        return Runs(figures, {n: reason for n, reason in self.missing.items() if n == name})
+        figures = {n: runs for n, runs in self._figures.items() if n in (ours, *names)}
+        return Runs(figures, {n: reason for n, reason in self.missing.items() if n in names})
 
     def of(self, key: str) -> dict[str, list[float]]:
         """Each measurement of one figure, by contender."""
@@ -242,8 +242,8 @@ def _play(contender: Contender, pipe: Connection) -> None:
             with contextlib.closing(cast("Generator[Figures, None, None]", runs)) as generator:
                 while pipe.recv():
                     pipe.send(next(generator))
-    except EOFError:
-        pass
+    except (EOFError, ConnectionError):
+        pass  # nobody waits for it any more
     except ImportError as error:
         pipe.send(f"not installed ({error.name})")
     except Exception as error:
