@@ -509,7 +509,10 @@ class Scheduler:
         from ._slurm import Slurm
         from ._slurm.executor import SlurmExecutor
 
-        return SlurmExecutor(self._slurm or Slurm(), self, emit=self._emit)
+        assert self._rundir is not None
+        return SlurmExecutor(
+            self._slurm or Slurm(), self, emit=self._emit, directory=self._rundir.path
+        )
 
     def _enter(self, entry: Entry) -> None:
         pool = entry.pool

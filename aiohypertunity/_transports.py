@@ -271,18 +271,21 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     process._transport.close()  # type: ignore[attr-defined]  # noqa: SLF001 - else the pipes wait for the garbage collector
 
 
-def transport_to(slurm: Slurm, emit: Callable[[Event], None]) -> Transport:
+def transport_to(
+    slurm: Slurm, emit: Callable[[Event], None], directory: str | None = None
+) -> Transport:
     """The way to a cluster.
 
     Args:
         slurm: The cluster.
         emit: Takes `LinkDown` and `LinkUp`.
+        directory: Where large files from there go; if None, one that's made when it's needed.
     """
     if slurm.host is not None:
         # Takes a tenth of a second, and most schedulers don't need it.
         from ._ssh import SSH
 
-        return SSH(slurm.host, slurm.connect, emit)
+        return SSH(slurm.host, slurm.connect, emit, directory)
     return LocalShell()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import shlex
@@ -168,6 +169,21 @@ async def test_missing_module(node: LoginNode, cluster: SlurmCluster) -> None:
     assert isinstance(result.error, ht.PayloadError)
     assert f"no module '{__name__}'" in str(result.error)
     assert "register_pickle_by_value" in str(result.error)
+
+
+async def test_module_on_a_shared_disk(
+    node: LoginNode, cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module of the user's that nodes can import isn't sent, and needs no word."""
+    (tmp_path / "lent.py").write_text("def triple(x):\n    return 3 * x\n")
+    node.run("mkdir modules && cat >modules/lent.py", input=(tmp_path / "lent.py").read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    triple = importlib.import_module("lent").triple
+    setup = ['export PYTHONPATH="$HOME/modules:$PYTHONPATH"']
+    assert (
+        await result_of(slurm_at(node, cluster, setup=setup), ht.SlurmJob(triple, (2,)))
+    ).data == 6
+    node.run("rm -rf modules")
 
 
 async def test_another_python(node: LoginNode, cluster: SlurmCluster) -> None:

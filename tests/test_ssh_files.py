@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shlex
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,12 +16,12 @@ from ssh_kit import cluster, connect, needs_login_node, node  # noqa: F401
 
 import aiohypertunity as ht
 from aiohypertunity import _transports
-from aiohypertunity._ssh import SSH
+from aiohypertunity._errors import TransportError
+from aiohypertunity._ssh import SSH, parts
 from aiohypertunity._transports import LinkLost, LocalShell, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from login_node import LoginNode
 
@@ -151,3 +153,39 @@ async def test_command_takes_too_long(ssh: SSH) -> None:
     with pytest.raises(TimeoutError):
         await ssh.run("echo $$ >pid; sleep 100", timeout=0.5)
     assert (await ssh.run("kill -0 $(cat pid) && echo lives; rm pid", timeout=10)).stdout == ""
+
+
+@pytest.mark.parametrize("size", [1, 3_000_000, 1 << 21])
+@pytest.mark.parametrize("sum_there", [parts._SUM, "cksum <{path}"])
+async def test_a_large_file_is_checked(
+    ssh: SSH, node: LoginNode, monkeypatch: pytest.MonkeyPatch, sum_there: str, size: int
+) -> None:
+    """By what Python says of it there, or where there's none by POSIX's cksum."""
+    monkeypatch.setattr(parts, "_SUM", sum_there)
+    node.run(f"mkdir odd && head -c {size} /dev/urandom >odd/large")
+    here = Path(await ssh.fetch(f"{node.home}/odd/large"))
+    digest = hashlib.sha256(here.read_bytes()).hexdigest()
+    assert node.run("sha256sum <odd/large").split()[0] == digest
+
+
+@pytest.mark.parametrize("said", ["zlib 1 5", "1 5"])
+async def test_a_wrong_checksum(
+    ssh: SSH, node: LoginNode, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """It comes again, but not for ever."""
+    monkeypatch.setattr(parts, "_SUM", f"echo {said}")
+    node.run("mkdir odd && echo four >odd/large")
+    with pytest.raises(TransportError, match="twice with a wrong checksum"):
+        await ssh.fetch(f"{node.home}/odd/large")
+
+
+async def test_what_comes_goes_with_the_run(node: LoginNode, tmp_path: Path) -> None:
+    """A large file is put where the guardian of the run removes it, whatever becomes of us."""
+    ssh = SSH(
+        f"{node.user}@{node.host}:{node.port}", connect(node), lambda event: None, str(tmp_path)
+    )
+    node.run("mkdir odd && echo four >odd/large")
+    assert Path(await ssh.fetch(f"{node.home}/odd/large")).parent == tmp_path
+    await ssh.aclose()
+    assert len(list(tmp_path.iterdir())) == 1
+    node.run("rm -rf odd")

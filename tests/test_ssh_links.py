@@ -155,6 +155,14 @@ async def test_cancelled_while_a_channel_opens(node: LoginNode) -> None:
                 assert await said(ssh, "echo here") == "here\n"
 
 
+async def test_channels_at_a_time(node: LoginNode, ssh: SSH) -> None:
+    """Eight of them, however much there is to do, though the server would allow more."""
+    command = "mkdir -p busy && : >busy/$$ && ls busy | wc -l; sleep 0.3; rm busy/$$"
+    numbers = await asyncio.gather(*(said(ssh, command) for _ in range(30)))
+    assert max(map(int, numbers)) == 8
+    node.run("rmdir busy")
+
+
 async def test_archives_are_bounded(ssh: SSH, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much is asked for at once, it comes in pieces that don't fill the memory."""
     sizes = []

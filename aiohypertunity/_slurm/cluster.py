@@ -52,6 +52,7 @@ class Cluster:
         emit: Takes events of the link.
         give_up: Called when the link was down for too long.
         say: Called with why nothing goes on while the link is down, and with None when it's up again.
+        directory: Where large files from there go on this machine.
 
     Attributes:
         host: Its name; None for this machine.
@@ -67,6 +68,7 @@ class Cluster:
         emit: Callable[[Event], None],
         give_up: Callable[[TransportError], None],
         say: Callable[[str | None], None],
+        directory: str | None = None,
     ) -> None:
         self._slurm = slurm
         self._give_up = give_up
@@ -74,7 +76,7 @@ class Cluster:
         self._loop = asyncio.get_running_loop()
         self._link_lost_at: float | None = None
         self._paused = 0.0
-        self._transport: Transport = transport_to(slurm, emit)
+        self._transport: Transport = transport_to(slurm, emit, directory)
         self.host = self._transport.host
         self.run = f"ht-{secrets.token_hex(6)}"
         self.directory = ""

@@ -50,11 +50,14 @@ class SlurmExecutor:
         slurm: The cluster, and how to use it.
         owner: To whom to report.
         emit: Takes events of the link.
+        directory: Of the run on this machine.
     """
 
-    def __init__(self, slurm: Slurm, owner: Owner, *, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self, slurm: Slurm, owner: Owner, *, emit: Callable[[Event], None], directory: str
+    ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._cluster = cluster = Cluster(slurm, emit, self._fail_all, self._say)
+        self._cluster = cluster = Cluster(slurm, emit, self._fail_all, self._say, directory)
         self._state = state = State(cluster, owner)
         self._packer = Packer(slurm, cluster)
         self._submitter = Submitter(slurm, cluster, state, self._packer)

@@ -27,14 +27,16 @@ class Parts:
 
     Args:
         channels: Through which they come.
+        directory: Where they go; if None, one that's made when it's needed.
     """
 
-    def __init__(self, channels: Channels) -> None:
+    def __init__(self, channels: Channels, directory: str | None) -> None:
         self._channels = channels
         self._link = channels.link
         self._mark = channels.mark
         self._parts: dict[str, Part] = {}
-        self._directory: str | None = None
+        self._directory = directory
+        self._is_ours = directory is None
 
     async def fetch(self, path: str) -> str:
         """As `Transport.fetch`."""
@@ -57,17 +59,16 @@ class Parts:
     async def _part(self, path: str) -> Part:
         """What there is of a file here."""
         if self._directory is None:
-            prefix = f"aiohypertunity-{os.getuid()}-"
-            self._directory = await in_thread(tempfile.mkdtemp, "", prefix)
+            self._directory = await in_thread(tempfile.mkdtemp, "", "aiohypertunity-large-")
         if path not in self._parts:
-            here = f"{self._directory}/{secrets.token_hex(8)}"
+            here = f"{self._directory}/large-{secrets.token_hex(8)}"
             self._parts[path] = await in_thread(Part, path, here)
         return self._parts[path]
 
     async def _bring(self, part: Part) -> bool:
         """Brings what is missing of a file; says whether the whole is right."""
         path = shlex.quote(part.path)
-        summing = asyncio.ensure_future(self._channels.exchange(f"cksum <{path}"))
+        summing = asyncio.ensure_future(self._channels.exchange(_SUM.format(path=path)))
         try:
             await self._receive(part, f"tail -c +{part.size + 1} {path}")
             words = (await summing).stdout.split()
@@ -76,22 +77,24 @@ class Parts:
         finally:
             summing.cancel()
             await asyncio.wait([summing])
-        return words == [b"%d" % part.checksum, b"%d" % part.size]
+        return await in_thread(part.agrees, words)
 
     async def _receive(self, part: Part, command: str) -> None:
         """Appends to a file what a command says."""
         begin, end = f"\n{self._mark}\n".encode(), f"\n{self._mark} 0\n".encode()
         async with self._channels.channel(marked(command, self._mark)) as process:
-            held = await self._read_until(process, begin)
+            last = await self._read_until(process, begin)
             while block := await self._read_block(process):
-                held += block
-                # What may be the mark at the end stays behind.
-                await in_thread(part.append, held[: -len(end)])
-                held = held[-len(end) :]
-            if held != end:
-                words = held.rpartition(f"\n{self._mark} ".encode())
-                if words[1]:
-                    raise TransportError(f"can't read {part.path} on {self._link.host}")
+                if len(block) < len(end):  # then the mark may have begun before it
+                    last += block
+                    continue
+                await in_thread(part.append, last)
+                last = block
+            if last.rpartition(f"\n{self._mark} ".encode())[1] and not last.endswith(end):
+                raise TransportError(f"can't read {part.path} on {self._link.host}")
+            # It ends with the mark, or with as much of it as has come.
+            await in_thread(part.append, last[: -len(end)])
+            if not last.endswith(end):
                 raise self._link.lost_in(process)
 
     async def _read_until(self, process: Process, mark: bytes) -> bytes:
@@ -120,8 +123,8 @@ class Parts:
             raise LinkLost(f"the link to {self._link.host} failed: {error}") from error
 
     async def aclose(self) -> None:
-        """Removes whatever of them is still here."""
-        if self._directory is not None:
+        """Removes whatever of them is still here, as far as nobody else does."""
+        if self._is_ours and self._directory is not None:
             await in_thread(shutil.rmtree, self._directory, True)  # whatever is in the way
 
 
@@ -142,7 +145,7 @@ class Part:
     def restart(self) -> None:
         """Forgets what has come."""
         self.size = 0
-        self._crc = 0xFFFFFFFF
+        self._crc = 0
         with open(self.here, "wb", opener=_private):
             pass
 
@@ -152,19 +155,44 @@ class Part:
             file.seek(self.size)
             file.write(piece)
         # After it is written: what fails in between comes again.
-        self._crc = zlib.crc32(piece.translate(_REVERSED), self._crc)
+        self._crc = zlib.crc32(piece, self._crc)
         self.size += len(piece)
 
-    @property
-    def checksum(self) -> int:
-        """What POSIX's `cksum` says of it."""
-        n_bytes = (self.size.bit_length() + 7) // 8
-        size = self.size.to_bytes(n_bytes, "little").translate(_REVERSED)
-        return int(f"{zlib.crc32(size, self._crc):032b}"[::-1], 2)
+    def agrees(self, said: list[bytes]) -> bool:
+        """Whether the checksum there is that of what is here. Blocks.
+
+        Args:
+            said: What `_SUM` said, by words.
+        """
+        if said[0] == b"zlib":
+            return said[1:] == [b"%d" % self._crc, b"%d" % self.size]
+        return said == [b"%d" % _posix_checksum(self.here), b"%d" % self.size]
 
 
-# The CRC of cksum is that of zlib with the bits of each byte, and of the sum, the other way round; it
-# begins with 0 instead of ones, and ends with the length.
+# Python where there is one: to compute the sum of cksum here takes as long as all the rest.
+_CODE = """\
+import sys, zlib
+crc = size = 0
+while piece := sys.stdin.buffer.read(1 << 20):
+    crc, size = zlib.crc32(piece, crc), size + len(piece)
+print("zlib", crc, size)"""
+_SUM = f"python3 -ISc {shlex.quote(_CODE)} <{{path}} 2>/dev/null || cksum <{{path}}"
+
+
+def _posix_checksum(path: str) -> int:
+    """What POSIX's `cksum` says of a file.
+
+    Its CRC is that of zlib with the bits of each byte, and of the sum, the other way round; it begins with 0
+    instead of ones, and ends with the length.
+    """
+    crc, size = 0xFFFFFFFF, 0
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            crc, size = zlib.crc32(piece.translate(_REVERSED), crc), size + len(piece)
+    length = size.to_bytes((size.bit_length() + 7) // 8, "little").translate(_REVERSED)
+    return int(f"{zlib.crc32(length, crc):032b}"[::-1], 2)
+
+
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 

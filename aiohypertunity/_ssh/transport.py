@@ -38,14 +38,19 @@ class SSH:
             what answers when a server asks for a password or a code: a function, sync or async, from
             its words to the answer. A jump host's words begin with its name.
         emit: Takes `LinkDown` and `LinkUp`.
+        directory: Where large files from there go; if None, one that's made when it's needed.
     """
 
     def __init__(
-        self, host: str, connect: Mapping[str, Any] | None, emit: Callable[[Event], None]
+        self,
+        host: str,
+        connect: Mapping[str, Any] | None,
+        emit: Callable[[Event], None],
+        directory: str | None = None,
     ) -> None:
         self._link = Link(Address.parse(host), dict(connect or {}), emit)
         self._channels = Channels(self._link)
-        self._parts = Parts(self._channels)
+        self._parts = Parts(self._channels, directory)
 
     @property
     def host(self) -> str:
