@@ -98,6 +98,7 @@ async def test_a_graceful_script_is_requeued(
     async with ht.Scheduler(slurm=slurm()) as scheduler:
         [handle] = scheduler.dispatch(job)
         await asyncio.to_thread(number_in, pid)
+        await handle.wait_started()
         await asyncio.to_thread(cluster.run, "scontrol", "requeue", str(handle.slurm_id))
         await until(lambda: handle.status is Status.PENDING)
         again.touch()
@@ -122,8 +123,9 @@ async def test_a_graceful_script_is_cancelled(
     jobs: list[SlurmJob[object]] = [SlurmJob(str(path)) for path in paths]
     async with ht.Scheduler(slurm=slurm()) as scheduler:
         first, second = scheduler.dispatch(jobs)
-        for pid in pids:
+        for handle, pid in zip((first, second), pids, strict=True):
             await asyncio.to_thread(number_in, pid)
+            await handle.wait_started()
         await asyncio.to_thread(cluster.run, "scancel", str(first.slurm_id))
         await asyncio.to_thread(cluster.run, "scancel", "-b", "-sTERM", str(second.slurm_id))
         cancelled, ended = [await asyncio.wait_for(h, 60) for h in (first, second)]
@@ -140,6 +142,7 @@ async def test_held_while_it_ran(
     async with ht.Scheduler(slurm=slurm()) as scheduler:
         [handle] = scheduler.dispatch(SlurmJob(announce_and_wait, (str(pid), str(gate))))
         await asyncio.to_thread(number_in, pid)
+        await handle.wait_started()
         await asyncio.to_thread(cluster.run, "scontrol", "requeuehold", str(handle.slurm_id))
         await until(lambda: handle.pending_reason and "held" in handle.pending_reason.lower())
         await asyncio.sleep(8)
@@ -171,6 +174,7 @@ async def test_a_signal_of_the_users(
         batch = scheduler.dispatch(jobs)
         for index, handle in enumerate(batch):
             await asyncio.to_thread(number_in, tmp_path / str(index))
+            await handle.wait_started()
             command = ("scancel", "-b", "-sUSR2", str(handle.slurm_id))
             await asyncio.to_thread(cluster.run, *command)
         failed, killed = [await asyncio.wait_for(handle, 60) for handle in batch]

@@ -150,10 +150,16 @@ def _signalled(facts: Facts, end: Sign, now: float) -> Fate:
             return Fate.WAIT
         if facts.account is not None and facts.account.state in ENDED:
             return _by_word(facts, end, facts.account.state)
+        if facts.state in ENDED and facts.state_at >= facts.end_at:
+            return _by_word(facts, end, facts.state)
         return Fate.CRASHED if end.why == "0" else Fate.CANCELLED_OUTSIDE
     if facts.state_at >= facts.end_at:
         if facts.state in {"PREEMPTED", "NODE_FAIL"}:
             return _by_state(facts, facts.state, facts.state_since, now)
+        if end.why == "TERM" and facts.state in {"COMPLETED", "FAILED"}:
+            # So it looks for a moment also while it's being requeued.
+            settled = now >= facts.state_since + REQUEUE_GRACE
+            return _by_word(facts, end, facts.state) if settled else Fate.WAIT
         if facts.state in ENDED:
             return _by_word(facts, end, facts.state)
         if facts.state in WAITING:
