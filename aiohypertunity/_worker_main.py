@@ -354,7 +354,7 @@ class Chunk:
                 append(function(item))
         except BaseException as error:
             kind, body, _ = _payload.raised(error)
-            return _payload.FailedChunk(values, kind, body, _payload.short(item))
+            return _payload.FailedChunk(values, kind, body, _payload.short(inputs[len(values)]))
         return values
 
 
