@@ -62,11 +62,8 @@ async def _checks(slurm: Slurm, cluster: Cluster) -> AsyncIterator[Check]:
             "sbatch", False, "isn't on PATH: Slurm(setup=...) takes shell lines that put it there"
         )
         return
-    yield Check(
-        "sbatch",
-        True,
-        f"{lines[0]} ({lines[1] if len(lines) > 1 else text.last_words(found.stderr)})",
-    )
+    version = f" ({lines[1]})" if len(lines) > 1 else ""
+    yield Check("sbatch", True, f"{lines[0]}{version}")
     found = await _run(cluster, text.SITE_COMMAND)
     hopeless = text.hopeless(found.stdout)
     if hopeless or not found.ok:

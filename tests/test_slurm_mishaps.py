@@ -226,3 +226,28 @@ async def test_a_limit_that_goes_up_again(
         again = scheduler.dispatch([SlurmJob(tasks.double, (i,)) for i in range(20)])
         assert sum([(await handle).data for handle in again]) == 380
         assert len(calls()) == n_calls + 1
+
+
+async def test_a_limit_that_goes_up_while_nothing_ends(
+    slurm: Callable[..., ht.Slurm],
+    wrapped: Wrapper,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Who waits for a place is tried again also while those who have one go on."""
+    monkeypatch.setattr(submitter, "_LIMITED_FOR", 2.0)
+    full, gate = tmp_path / "full", tmp_path / "gate"
+    calls = wrapped(
+        "sbatch", f'if [ -e {full} ]; then echo "{POLICY}" >&2; exit 1; fi\nexec "$REAL" "$@"'
+    )
+    async with ht.Scheduler(slurm=slurm()) as scheduler:
+        [first] = scheduler.dispatch(SlurmJob(tasks.gate, (str(gate), 1)))
+        await first.wait_started()
+        full.touch()
+        [second] = scheduler.dispatch(SlurmJob(tasks.double, (2,)))
+        await until(lambda: len(calls()) == 2, 30)
+        full.unlink()
+        assert (await asyncio.wait_for(second, 60)).data == 4
+        assert not first.done()
+        gate.touch()
+        assert (await first).data == 1

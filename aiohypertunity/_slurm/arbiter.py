@@ -39,6 +39,7 @@ class Arbiter:
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
+        """Judges who is suspect, for ever."""
         while True:
             await self._state.suspected.wait()
             self._state.suspected.clear()

@@ -45,6 +45,7 @@ class Canceller:
         self.is_leaving = False
 
     async def run(self) -> None:
+        """Cancels who is to end, for ever."""
         while True:
             await self._state.cancelling.wait()
             await asyncio.sleep(_SETTLE)

@@ -37,6 +37,7 @@ class Looker:
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
+        """Looks as often as it's worth it, for ever."""
         last = -1e9
         durations: deque[float] = deque(maxlen=5)
         while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
 import sys
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from .elements import Element, Submission
 
 _SCRIPTS = "scripts"
-_AT_ONCE = 100
-"""Paths in a command line, which has its limits."""
 
 
 class Packer:
@@ -77,9 +74,9 @@ class Packer:
         }
         root = f"{self._cluster.directory}/{_SCRIPTS}"
         paths = [p for p in files if p.startswith(f"{root}/") and os.path.basename(p) in names]
-        for start in range(0, len(paths), _AT_ONCE):
-            command = f"chmod 700 {shlex.join(paths[start : start + _AT_ONCE])}"
-            await self._cluster.through(functools.partial(self._cluster.shell, command))
+        if paths:
+            command = f"chmod 700 {shlex.join(paths)}"
+            await self._cluster.through(lambda: self._cluster.shell(command))
         self._staging.placed(files, root)
 
     def _place(self, submission: Submission, files: dict[str, Content]) -> dict[Element, str]:

@@ -78,6 +78,7 @@ class Reader:
         self._n_at_once = _FIRST
 
     async def run(self) -> None:
+        """Reads what has ended, for ever."""
         async with anyio.create_task_group() as self._lost:
             await self._read_forever()
 

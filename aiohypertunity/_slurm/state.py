@@ -64,6 +64,7 @@ class State:
         return bool(unknown or self.twins or self.cancels or self.unfinished)
 
     def submitted(self, submission: Submission, array: str) -> None:
+        """Slurm has it, under this id."""
         if submission.array is not None:
             return
         submission.array = array

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +45,7 @@ _LONGEST_PAUSE = 30.0
 _SLOW = 1.0
 """Seconds after which sbatch is worth a word."""
 
-_LIMITED_FOR = 60.0
+_LIMITED_FOR = 300.0
 """Seconds after which it's tried again whether Slurm takes more jobs than it did."""
 
 
@@ -69,10 +68,10 @@ class Submitter:
         self._plain_options = sbatch_options(slurm.options or {}, {}, {})
         self._limit = slurm.max_in_flight
         self._longest_array: int | None = None
-        self._limited_until = math.inf
         self._n_submissions = 0
 
     async def run(self) -> None:
+        """Submits what is queued, for ever."""
         async with anyio.create_task_group() as self._retries:
             while True:
                 await self._state.queued.wait()
@@ -96,8 +95,6 @@ class Submitter:
 
     def _next_group(self) -> list[Element]:
         """Those next in the queue that can be one array, as far as there is room for them."""
-        if self._loop.time() > self._limited_until:
-            self._limit, self._longest_array = self._slurm.max_in_flight, None
         waiting = len(self._state.queue)
         room = waiting
         if self._limit is not None:
@@ -237,9 +234,13 @@ class Submitter:
             self._longest_array = None
         else:
             return False
-        self._limited_until = self._loop.time() + _LIMITED_FOR
+        self._loop.call_later(_LIMITED_FOR, self._lift_limits)
         self._abandon(submission)
         return True
+
+    def _lift_limits(self) -> None:
+        self._limit, self._longest_array = self._slurm.max_in_flight, None
+        self._state.queued.set()
 
     def _abandon(self, submission: Submission) -> None:
         """The array wasn't submitted and won't be; its elements are over, or wait again."""

@@ -38,6 +38,7 @@ class Watcher:
         self._watching = anyio.CancelScope()
 
     async def run(self) -> None:
+        """Watches while anything is active, for ever."""
         pause = BREATH
         while True:
             await self._state.active.wait()

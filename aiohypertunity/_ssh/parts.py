@@ -51,7 +51,8 @@ class Parts:
                         f"{path} on {self._link.host} came twice with a wrong checksum"
                     )
         except OSError as error:
-            words = f"can't write what comes of {path} to {tempfile.gettempdir()}: {error.strerror}"
+            where = self._directory or tempfile.gettempdir()
+            words = f"can't write what comes of {path} to {where}: {error.strerror}"
             raise TransportError(words) from error
         del self._parts[path]
         return part.here
