@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,9 @@ import uvloop
 from helpers import give_up_if_crowded, script, ticker
 
 from aiohypertunity import Job, Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 RUNNERS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 LONGEST = 0.02
@@ -66,6 +72,86 @@ def test_dispatch_costs_its_length(runner: str) -> None:
         assert {handle.status.name for handle in batch} == {"CANCELLED"}
 
     RUNNERS[runner](main())
+
+
+async def cancel_a_batch(scheduler: Scheduler) -> list[float]:
+    batch = scheduler.dispatch([Job(tasks.forever) for _ in range(10_000)])
+    await batch[0].wait_started()
+    async with cpu_ticker() as turns:
+        batch.cancel()
+        await batch[-1]
+    return turns
+
+
+async def leave_a_batch(scheduler: Scheduler) -> list[float]:
+    async with contextlib.AsyncExitStack() as stack:
+        jobs = [Job(tasks.forever) for _ in range(10_000)]
+        async with scheduler.dispatch(jobs, private=True) as batch:
+            await batch[0].wait_started()
+            turns = await stack.enter_async_context(cpu_ticker())
+    return turns
+
+
+async def leave_with_many(scheduler: Scheduler) -> list[float]:
+    batch = scheduler.dispatch([Job(tasks.forever) for _ in range(20_000)])
+    await batch[0].wait_started()
+    async with cpu_ticker() as turns:
+        await scheduler.aclose()
+    return turns
+
+
+async def collect_in_many_tasks(scheduler: Scheduler) -> list[float]:
+    async def collect() -> int:
+        return len([result async for result in scheduler.collect()])
+
+    scheduler.dispatch([Job(tasks.double, args=(1,)) for _ in range(1000)])
+    collecting = [asyncio.ensure_future(collect()) for _ in range(1000)]
+    await asyncio.sleep(0)
+    async with cpu_ticker() as turns:
+        assert sum(await asyncio.gather(*collecting)) == 1000
+    return turns
+
+
+@contextlib.asynccontextmanager
+async def cpu_ticker() -> AsyncIterator[list[float]]:
+    """Measures the CPU seconds that this thread uses between two turns of a task: no noise of the machine."""
+    turns: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0)
+            turns.append(time.thread_time() - before)
+
+    gc.collect()
+    gc.freeze()
+    task = asyncio.ensure_future(tick())
+    await asyncio.sleep(0)
+    try:
+        yield turns
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    "do", [cancel_a_batch, leave_a_batch, leave_with_many, collect_in_many_tasks]
+)
+def test_much_at_once_is_done_in_slices(do: Callable[[Scheduler], Awaitable[list[float]]]) -> None:
+    """No turn of the loop takes long, whatever happens to thousands of jobs or collectors at once."""
+
+    async def main() -> float:
+        async with Scheduler(n_parallel=2) as scheduler:
+            return max(await do(scheduler))
+
+    worst = []
+    for _ in range(6):
+        worst.append(asyncio.run(main()))
+        if worst[-1] < LONGEST:
+            return
+    give_up_if_crowded()
+    pytest.fail(f"a turn took {min(worst):.3f} s at the least")
 
 
 def test_trio_gets_a_clear_word() -> None:
