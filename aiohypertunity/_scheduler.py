@@ -110,7 +110,8 @@ class Scheduler:
         timeout: Seconds an attempt may run, for jobs that don't say.
         retries: How many more attempts a failure, a crash or a timeout gets, for jobs that don't say.
         kill_grace: Seconds between TERM and KILL for scripts.
-        logs: A directory in which the whole output of every local job is kept.
+        logs: A directory in which the whole output of every local job is kept. New directories and files get the
+            modes that the umask gives them, but never more than 0755 and 0644.
         on_exit: What leaving does with unfinished jobs: "cancel" them or "wait" for them.
 
     Raises:
@@ -911,7 +912,8 @@ def _checked_resources(
 def _check_logs(logs: Path) -> None:
     """Makes the directory of the logs, and sees whether it can be written to."""
     try:
-        logs.mkdir(parents=True, exist_ok=True)
+        for directory in (*reversed(logs.parents), logs):  # `parents=True` would ignore the mode
+            directory.mkdir(mode=0o755, exist_ok=True)
         tempfile.TemporaryFile(dir=logs).close()
     except (OSError, ValueError) as error:
         raise OSError(f"logs={str(logs)!r} can't be written to: {error}") from error
@@ -923,7 +925,7 @@ def _make_log_directory(logs: Path, job_id: int | str) -> Path:
     for number in itertools.count():
         path = logs / (f"{name}.{number}" if number else name)
         try:
-            path.mkdir(parents=True)
+            path.mkdir(mode=0o755)
         except FileExistsError:
             continue
         except (OSError, ValueError) as error:

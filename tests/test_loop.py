@@ -129,6 +129,7 @@ async def cpu_ticker() -> AsyncIterator[list[float]]:
     await asyncio.sleep(0)
     try:
         yield turns
+        await asyncio.sleep(0.01)  # what has just been done was done before the task's next turn
     finally:
         task.cancel()
         await asyncio.wait([task])
@@ -174,23 +175,42 @@ def test_without_a_loop() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
 class TestEagerTasks:
     """A loop whose tasks start at once."""
 
-    @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
-    async def test_it_works_there(self) -> None:
-        """As on any other."""
+    @pytest.fixture(autouse=True)
+    async def factory(self) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         before = loop.get_task_factory()
         loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 - new in 3.12
-        try:
-            async with Scheduler(n_parallel=1) as scheduler:
-                scheduler.dispatch([Job(tasks.double, args=(1,)), Job("true")])
-                results: list[Any] = [r.data async for r in scheduler.collect(ordered=True)]
-                assert results == [2, None]
-                assert [v async for v in scheduler.map(tasks.double, [1, 2], ordered=True)] == [
-                    2,
-                    4,
-                ]
-        finally:
-            loop.set_task_factory(before)
+        yield
+        loop.set_task_factory(before)
+
+    async def test_it_works_there(self) -> None:
+        """As on any other."""
+        async with Scheduler(n_parallel=1) as scheduler:
+            scheduler.dispatch([Job(tasks.double, args=(1,)), Job("true")])
+            results: list[Any] = [r.data async for r in scheduler.collect(ordered=True)]
+            assert results == [2, None]
+            values = [v async for v in scheduler.map(tasks.double, [1, 2], ordered=True)]
+            assert values == [2, 4]
+
+    @pytest.mark.timeout(60)
+    async def test_a_script_that_fails_at_once_is_not_lost(self, tmp_path: Path) -> None:
+        """Its task is over before its start has returned; it is tried again, and its slot is free after it."""
+        bad = script(tmp_path / "bad", "#!/no/such/interpreter\n", mode=0o755)
+        async with Scheduler(n_parallel=1, retries=1) as scheduler:
+            scheduler.dispatch([Job(bad), Job(bad), Job("true"), Job(tasks.double, args=(2,))])
+            results = [r async for r in scheduler.collect(ordered=True)]
+        assert [r.status.name for r in results] == ["FAILED", "FAILED", "SUCCEEDED", "SUCCEEDED"]
+
+    @pytest.mark.timeout(60)
+    async def test_what_cannot_start_or_is_cancelled_at_once_ends(self, tmp_path: Path) -> None:
+        """Callables too; and leaving in the same turn leaves nothing behind."""
+        async with Scheduler(n_parallel=2) as scheduler:
+            jobs = [Job(tasks.forever), Job("sleep", args=(600,), meta={"output": "env"})]
+            batch = scheduler.dispatch([*jobs, *(job.replace() for job in jobs)])
+            batch[0].cancel()
+            batch[1].cancel()
+        assert {handle.status.name for handle in batch} == {"CANCELLED"}
