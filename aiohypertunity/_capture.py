@@ -23,6 +23,11 @@ def log_files(log_path: Path) -> tuple[Path, Path]:
     return log_path / "stdout", log_path / "stderr"
 
 
+def open_log(path: str, flags: int) -> int:
+    """Open a log file; others cannot write to a new one, whatever the umask."""
+    return os.open(path, flags, 0o644)
+
+
 class Capture:
     """The stdout and stderr of a process, in files that it has open for appending.
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 import anyio
 
 from ._errors import CollectTimeout
-from ._ledger import Demand, Entry, Pool
+from ._ledger import Demand, Entry, Pool, Waiter, Wants
 from ._results import Result, Status
 
 if TYPE_CHECKING:
@@ -23,9 +25,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Cancel = Callable[[Entry], None]
+CancelAll = Callable[[Iterable[Entry]], None]
 
 _HOLD = 0.002
-"""Seconds for which ready results are delivered before the rest of the loop has its turn."""
+"""Seconds for which results are delivered or dropped before the rest of the loop has its turn."""
 
 
 class JobHandle(Generic[T]):
@@ -127,11 +130,17 @@ class Batch(Sequence[JobHandle[T]]):
     """
 
     def __init__(
-        self, entries: Sequence[Entry], pool: Pool, cancel: Cancel, closed: Closed
+        self,
+        entries: Sequence[Entry],
+        pool: Pool,
+        cancel: Cancel,
+        cancel_all: CancelAll,
+        closed: Closed,
     ) -> None:
         self._entries = entries
         self._pool = pool
         self._cancel = cancel
+        self._cancel_all = cancel_all
         self._closed = closed
 
     @overload
@@ -163,12 +172,15 @@ class Batch(Sequence[JobHandle[T]]):
         return Collector(self._pool, self._closed, n_results, timeout, deadline, ordered=ordered)
 
     def cancel(self) -> None:
-        """Cancels all of it that isn't over.
+        """Cancel all jobs of the batch that are not over. None of them starts after this returns.
+
+        Their statuses say so at once. Of a large batch the jobs end a few at a time, so that the event loop is not
+        blocked.
 
         Raises:
             RuntimeError: Some of it can't be stopped, being run by a joblib backend.
         """
-        cancel_all(self._entries, self._cancel)
+        self._cancel_all(self._entries)
 
     async def __aenter__(self) -> Self:
         return self
@@ -183,12 +195,13 @@ class Batch(Sequence[JobHandle[T]]):
             self.cancel()
         try:
             with anyio.CancelScope(shield=True):
-                for entry in self._entries:
+                async for entry in _in_slices(self._entries):
                     await _changed(entry, lambda: False)
+                async for entry in _in_slices(self._entries):
+                    _drop(entry)
         finally:
             for entry in self._entries:
-                if entry.pool is not None:
-                    entry.pool.remove(entry)
+                _drop(entry)
 
     def __repr__(self) -> str:
         n_over = sum(entry.result is not None for entry in self._entries)
@@ -196,6 +209,43 @@ class Batch(Sequence[JobHandle[T]]):
 
 
 Closed = Callable[[], bool]
+
+
+def _drop(entry: Entry) -> None:
+    """Lets go of a result that nobody has collected."""
+    if entry.pool is not None:
+        entry.pool.remove(entry)
+
+
+async def _in_slices(entries: Iterable[Entry]) -> AsyncIterator[Entry]:
+    """The entries, as many at a time as the loop may be held for."""
+    let_loop_run_at = time.monotonic() + _HOLD
+    for entry in entries:
+        yield entry
+        if time.monotonic() > let_loop_run_at:
+            await asyncio.sleep(0)
+            let_loop_run_at = time.monotonic() + _HOLD
+
+
+@contextlib.contextmanager
+def waiting(pool: Pool, wants: Wants) -> Iterator[asyncio.Future[None]]:
+    """A future that is done when a pool has changed as wanted.
+
+    Whoever takes a result because of it does so inside the `with`: what is left at its end is for others.
+    """
+    changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    waiter = Waiter(partial(wake, changed), wants)
+    pool.wait(waiter)
+    try:
+        yield changed
+    finally:
+        pool.leave(waiter)
+
+
+def wake(changed: asyncio.Future[None], _: object = None) -> None:
+    """Lets whoever awaits a future go on. It may have been cancelled."""
+    if not changed.done():
+        changed.set_result(None)
 
 
 class Collector(Generic[T]):
@@ -225,6 +275,7 @@ class Collector(Generic[T]):
         self._loop = asyncio.get_running_loop()
         self._end = math.inf if deadline is None else self._loop.time() + deadline
         self._let_loop_run_at = 0.0
+        self._n_waiting = 0
 
     def __aiter__(self) -> Self:
         return self
@@ -245,15 +296,21 @@ class Collector(Generic[T]):
             if self._let_loop_run_at and self._pool.n_ready:
                 await asyncio.sleep(0)
             self._let_loop_run_at = self._loop.time() + _HOLD
-        entry = self._demand.take(self._pool)
+        entry = self._take()
         return await self._wait(now) if entry is None else entry
 
     def take_ready(self) -> list[Entry]:
         """Takes all that can be had now, without waiting."""
         entries = []
-        while (entry := self._demand.take(self._pool)) is not None:
+        while (entry := self._take()) is not None:
             entries.append(entry)
         return entries
+
+    def _take(self) -> Entry | None:
+        entry = self._demand.take(self._pool)
+        if entry is not None and self._n_waiting and self._demand.has_all:
+            self._pool.wake_all()  # others who wait for this collector have nothing to wait for
+        return entry
 
     def give_back(self, entries: Sequence[Entry]) -> None:
         """Lets another collector have what was taken here and not delivered."""
@@ -275,37 +332,35 @@ class Collector(Generic[T]):
             until = min(since + self._timeout, self._end)
             if now >= until:
                 raise self._timed_out()
-            await self._changed(until)
+            with self._waiting(Wants.CHANGE, until) as changed:
+                await changed
         return self.take_ready()
 
     async def _wait(self, since: float) -> Entry:
         until = min(since + self._timeout, self._end)
+        wants = Wants.NEXT if self._demand.ordered else Wants.ANY
         while not self._demand.is_met(self._pool, closed=self._closed()):
             if self._loop.time() >= until:
                 raise self._timed_out()
-            await self._changed(until)
-            entry = self._demand.take(self._pool)
+            with self._waiting(wants, until) as changed:
+                await changed
+                entry = self._take()
             if entry is not None:
                 return entry
         raise StopAsyncIteration
 
-    async def _changed(self, until: float) -> None:
-        """Waits until something changed in the pool, or the time has come."""
-        future: asyncio.Future[None] = self._loop.create_future()
-
-        def wake() -> None:
-            if not future.done():
-                future.set_result(None)
-
-        timer = None if until == math.inf else self._loop.call_at(until, wake)
-        self._pool.waiters.append(wake)
-        try:
-            await future
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if wake in self._pool.waiters:
-                self._pool.waiters.remove(wake)
+    @contextlib.contextmanager
+    def _waiting(self, wants: Wants, until: float) -> Iterator[asyncio.Future[None]]:
+        """A future that is done when the pool has changed as wanted, or the time has come."""
+        with waiting(self._pool, wants) as changed:
+            timer = None if until == math.inf else self._loop.call_at(until, wake, changed)
+            self._n_waiting += 1
+            try:
+                yield changed
+            finally:
+                self._n_waiting -= 1
+                if timer is not None:
+                    timer.cancel()
 
     def _timed_out(self) -> CollectTimeout:
         pending = [entry.job for entry in self._pool.unfinished()]
@@ -333,19 +388,3 @@ def _check_number(n_results: object) -> None:
         return
     if not isinstance(n_results, int) or isinstance(n_results, bool):
         raise TypeError(f"n_results={n_results!r}: must be a whole number, math.inf or None")
-
-
-def cancel_all(entries: Iterable[Entry], cancel: Cancel) -> None:
-    """Cancels entries, those first that haven't started, so that none of them starts meanwhile.
-
-    Raises:
-        RuntimeError: Some of them can't be stopped; all others are.
-    """
-    refusal = None
-    for entry in sorted(entries, key=lambda entry: entry.started_at is not None):
-        try:
-            cancel(entry)
-        except RuntimeError as error:
-            refusal = error
-    if refusal is not None:
-        raise refusal

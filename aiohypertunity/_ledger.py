@@ -14,8 +14,12 @@ the one of a batch that was claimed.
 
 from __future__ import annotations
 
+import enum
+import heapq
+import itertools
 import math
-from collections import OrderedDict, deque
+import operator
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ._errors import NotEnoughJobs
@@ -24,7 +28,7 @@ from ._results import Result, Status
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ._jobs import Job
@@ -171,6 +175,52 @@ class Owner(Protocol):
         """Entries that were taken `ahead` and not started wait again, in their old places."""
 
 
+class Line:
+    """Entries in the order of dispatch, any of which can be taken out at any time.
+
+    A dict of the entries, and a heap of their numbers. The number of an entry that was taken out stays in the heap
+    until it comes to the top, or until most of the heap is such numbers.
+    """
+
+    __slots__ = ("_entries", "_numbers")
+
+    def __init__(self) -> None:
+        self._entries: dict[int, Entry] = {}
+        self._numbers: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Iterate over a copy, in the order of dispatch."""
+        return iter([self._entries[number] for number in sorted(self._entries)])
+
+    @property
+    def first(self) -> Entry:
+        """The entry that was dispatched first. There must be one."""
+        while self._numbers[0] not in self._entries:
+            heapq.heappop(self._numbers)
+        return self._entries[self._numbers[0]]
+
+    def add(self, *entries: Entry) -> None:
+        """Add entries, each at its place in the order."""
+        for entry in entries:
+            self._entries[entry.seq] = entry
+            heapq.heappush(self._numbers, entry.seq)
+
+    def discard(self, *entries: Entry) -> None:
+        """Take out those of some entries that are there."""
+        pop = self._entries.pop
+        for entry in entries:
+            pop(entry.seq, None)
+        if len(self._numbers) > 2 * len(self._entries) + _SPARE:
+            self._numbers = sorted(self._entries)
+
+
+_SPARE = 64
+"""Numbers of entries that are gone for which a heap is not worth being made anew."""
+
+
 class Ledger:
     """What waits and what is free on this machine.
 
@@ -184,7 +234,7 @@ class Ledger:
         self.free_cpus = n_cpus
         self._all = {name: list(indices) for name, indices in others.items()}
         self._free = {name: list(indices) for name, indices in others.items()}
-        self._queues: dict[Needs, deque[Entry]] = {}
+        self._queues: dict[Needs, Line] = {}
 
     def needs(self, resources: Mapping[str, int]) -> Needs:
         """What a job that asks for `resources` will occupy.
@@ -219,22 +269,25 @@ class Ledger:
         return f"only {', '.join(('cpu', *self._all))}{advice}"
 
     def wait(self, entry: Entry) -> None:
-        """Adds an entry at the end of its queue."""
+        """Add an entry to its queue, at its place in the order of dispatch."""
         assert entry.needs is not None
         queue = self._queues.get(entry.needs)
         if queue is None:
-            queue = self._queues[entry.needs] = deque()
-        queue.append(entry)
+            queue = self._queues[entry.needs] = Line()
+        queue.add(entry)
 
-    def wait_again(self, entries: Iterable[Entry]) -> None:
-        """Puts entries back to where they were: before whatever was dispatched after them."""
-        for entry in sorted(entries, key=lambda entry: entry.seq, reverse=True):
-            assert entry.needs is not None
-            queue = self._queues.setdefault(entry.needs, deque())
-            younger_than_it = 0
-            while younger_than_it < len(queue) and queue[younger_than_it].seq < entry.seq:
-                younger_than_it += 1
-            queue.insert(younger_than_it, entry)
+    def discard(self, entries: Iterable[Entry]) -> None:
+        """Take those of some entries out of their queues that wait there."""
+        for needs, alike in itertools.groupby(entries, operator.attrgetter("needs")):
+            queue = self._queues.get(needs)
+            if queue is not None:
+                self._take_out(queue, *alike)
+
+    def _take_out(self, queue: Line, *entries: Entry) -> None:
+        queue.discard(*entries)
+        if not queue:
+            assert entries[0].needs is not None
+            del self._queues[entries[0].needs]
 
     def start(self) -> Entry | None:
         """Takes the next entry that may start now, and gives it what it needs."""
@@ -242,15 +295,14 @@ class Ledger:
             return None
         lacking: set[str] = set()
         for queue in self._by_age():
-            needs = queue[0].needs
+            entry = queue.first
+            needs = entry.needs
             assert needs is not None
             if needs.cpus > self.free_cpus:
                 return None
             lacks = {name for name, n in needs.others if len(self._free[name]) < n}
             if not lacks and lacking.isdisjoint(name for name, _ in needs.others):
-                entry = queue.popleft()
-                if not queue:
-                    del self._queues[needs]
+                self._take_out(queue, entry)
                 entry.grant = self._grant(needs)
                 return entry
             lacking |= lacks
@@ -258,18 +310,14 @@ class Ledger:
 
     def ahead(self, needs: Needs | None, fits: Callable[[Entry], bool]) -> Entry | None:
         """Takes the oldest entry of all, if it needs just `needs` and `fits`. It gets no grant."""
-        oldest = next(iter(self._by_age()), None)
-        if oldest is None or oldest[0].needs != needs or not fits(oldest[0]):
+        queue = next(iter(self._by_age()), None)
+        if queue is None:
             return None
-        return oldest.popleft()
-
-    def purge(self) -> None:
-        """Lets go of entries that were over before they started."""
-        waiting = {
-            needs: deque(entry for entry in queue if not entry.status.is_final)
-            for needs, queue in self._queues.items()
-        }
-        self._queues = {needs: queue for needs, queue in waiting.items() if queue}
+        oldest = queue.first
+        if oldest.needs != needs or not fits(oldest):
+            return None
+        self._take_out(queue, oldest)
+        return oldest
 
     def release(self, entry: Entry) -> None:
         """Takes back what an entry holds."""
@@ -293,36 +341,66 @@ class Ledger:
             del self._free[name][:n]
         return Grant(needs.cpus, tuple(handed_out))
 
-    def _by_age(self) -> Iterable[deque[Entry]]:
-        """The queues with something in them, the one whose head was dispatched first in front."""
-        for needs, queue in tuple(self._queues.items()):
-            while queue and queue[0].status.is_final:  # cancelled while it waited
-                queue.popleft()
-            if not queue:
-                del self._queues[needs]
+    def _by_age(self) -> Iterable[Line]:
+        """The queues, the one whose head was dispatched first in front."""
         if len(self._queues) < 2:
             return self._queues.values()
-        return sorted(self._queues.values(), key=lambda queue: queue[0].seq)
+        return sorted(self._queues.values(), key=lambda queue: queue.first.seq)
 
 
 _ONE_CPU = Needs()
 _ONE_CPU_GRANTED = Grant()
 
 
+class Wants(enum.Enum):
+    """When a waiter is woken: by any result, by the next one in the order of dispatch, by each change."""
+
+    ANY = enum.auto()
+    NEXT = enum.auto()
+    CHANGE = enum.auto()
+
+    __hash__ = object.__hash__  # as right as an enum's own, and no call of a Python function
+
+
+class Waiter:
+    """Waits for something to happen in a pool.
+
+    Args:
+        wake: Called once, when it has happened.
+        wants: For what it waits.
+    """
+
+    __slots__ = ("is_woken", "wake", "wants")
+
+    def __init__(self, wake: Callable[[], None], wants: Wants) -> None:
+        self.wake = wake
+        self.wants = wants
+        self.is_woken = False
+
+
+_WOKEN_AT_ONCE = 32
+"""Waiters that have been woken and not looked yet, at most: what they then do is done in one turn of the loop."""
+
+
 class Pool:
     """Results on their way to whoever collects them.
 
-    Attributes:
-        waiters: What to call when something has changed; each is called once and let go of.
+    *Waking.* A result wakes one waiter that can take it, and each waiter that wants to see every change. A waiter
+    calls `wait`; once it has been woken and has looked at the pool, or when it gives up, it calls `leave`,
+    which wakes the next one if there is something left for it. So a woken waiter that is cancelled, or finds that
+    somebody else was quicker, passes the wake on, and as long as there is a result for a waiter, one of those that can
+    take it has been woken and has not left. What concerns all waiters wakes them in the same way, a few at a time.
     """
 
-    __slots__ = ("_members", "_ready", "waiters")
+    __slots__ = ("_called", "_members", "_n_woken", "_ready", "_waiting")
 
     def __init__(self) -> None:
+        self._members = Line()
         # OrderedDict: the first of a plain dict is slow to find once many before it are deleted.
-        self._members: OrderedDict[int, Entry] = OrderedDict()
         self._ready: OrderedDict[int, Entry] = OrderedDict()
-        self.waiters: deque[Callable[[], None]] = deque()
+        self._waiting: dict[Wants, OrderedDict[Waiter, None]] = {}
+        self._called: OrderedDict[Waiter, None] = OrderedDict()
+        self._n_woken = {Wants.ANY: 0, Wants.NEXT: 0, Wants.CHANGE: 0}
 
     def __len__(self) -> int:
         """How many results are still to be taken, finished or not."""
@@ -335,66 +413,130 @@ class Pool:
 
     def unfinished(self) -> list[Entry]:
         """The entries that will put a result here, in the order of dispatch."""
-        return [entry for entry in self._members.values() if entry.result is None]
+        return [entry for entry in self._members if entry.result is None]
 
     def add(self, entry: Entry) -> None:
         """Expects an entry's result here."""
         entry.pool = self
-        self._members[entry.seq] = entry
+        self._members.add(entry)
         if entry.result is not None:
-            self._ready[entry.seq] = entry
+            self.ready(entry)
 
     def ready(self, entry: Entry) -> None:
-        """Notes that an entry has its result, and wakes who waits."""
+        """Notes that an entry has its result, and wakes who waits for it."""
         self._ready[entry.seq] = entry
-        # All of them: the first might want another entry before this one.
-        self.wake_all()
+        if self._waiting:
+            self._changed()
 
     def take(self, *, ordered: bool = False) -> Entry | None:
         """Takes the first finished entry; if `ordered`, only if nothing dispatched before is left."""
         if not self._ready:
             return None
-        if ordered:
-            entry = next(iter(self._members.values()))
-            if entry.result is None:
-                return None
-        else:
-            entry = next(iter(self._ready.values()))
+        entry = self._members.first if ordered else next(iter(self._ready.values()))
+        if entry.result is None:
+            return None
         self.remove(entry)
         return entry
 
     def restore(self, entries: Iterable[Entry]) -> None:
         """Has results again that were taken and not delivered: before all that are ready since."""
-        returned = {entry.seq: entry for entry in entries}
-        for entry in returned.values():
+        returned = list(entries)
+        for entry in reversed(returned):
             entry.pool = self
-        self._members = OrderedDict(sorted({**self._members, **returned}.items()))
-        self._ready = OrderedDict({**returned, **self._ready})
-        self.wake_all()
+            self._members.add(entry)
+            self._ready[entry.seq] = entry
+            self._ready.move_to_end(entry.seq, last=False)
+        if returned:
+            self._changed()
 
-    def remove(self, entry: Entry) -> None:
-        """Expects this entry's result no more."""
-        del self._members[entry.seq]
-        self._ready.pop(entry.seq, None)
-        entry.pool = None
-        if not self._members:
+    def remove(self, *entries: Entry) -> None:
+        """Expects the results of these entries no more."""
+        self._members.discard(*entries)
+        for entry in entries:
+            self._ready.pop(entry.seq, None)
+            entry.pool = None
+        if not self._waiting:
+            return
+        if self._members:
+            self._wake()  # the next one in the order may have its result already
+        else:
             self.wake_all()
 
     def claim(self, entries: Iterable[Entry]) -> None:
         """Moves entries whose result nobody has taken yet from their pools to this one."""
-        others = set()
-        for entry in entries:
-            if entry.pool is not None and entry.pool is not self:
-                others.add(entry.pool)
-                entry.pool.remove(entry)
-                self.add(entry)
+        found = [e for e in entries if e.pool is not None and e.pool is not self]
+        others = {entry.pool for entry in found if entry.pool is not None}
         for pool in others:
+            moved = [entry for entry in found if entry.pool is pool]
+            pool.remove(*moved)
+            self._members.add(*moved)
+            for entry in moved:
+                entry.pool = self
+                if entry.result is not None:
+                    self.ready(entry)
             pool.wake_all()
+
+    def wait(self, waiter: Waiter) -> None:
+        """Lets a waiter wait, behind those that do."""
+        self._waiting.setdefault(waiter.wants, OrderedDict())[waiter] = None
+
+    def leave(self, waiter: Waiter) -> None:
+        """Notes that a waiter has looked, or will not. Wakes the next one if there is something for it."""
+        if waiter.is_woken:
+            self._n_woken[waiter.wants] -= 1
+        elif waiter in self._called:
+            del self._called[waiter]
+        else:
+            self._take_out(waiter)
+        self._wake()
 
     def wake_all(self) -> None:
         """Wakes every waiter, to look at the pool again."""
-        while self.waiters:
-            self.waiters.popleft()()
+        for waiting in self._waiting.values():
+            self._called.update(waiting)
+        self._waiting.clear()
+        self._wake()
+
+    def _changed(self) -> None:
+        """Wakes those for whom there is something new."""
+        watching = self._waiting.pop(Wants.CHANGE, None)
+        if watching is not None:
+            self._called.update(watching)
+        self._wake()
+
+    def _wake(self) -> None:
+        while (self._called or self._waiting) and sum(self._n_woken.values()) < _WOKEN_AT_ONCE:
+            waiter = self._next_waiter()
+            if waiter is None:
+                return
+            waiter.is_woken = True
+            self._n_woken[waiter.wants] += 1
+            waiter.wake()
+
+    def _next_waiter(self) -> Waiter | None:
+        """Takes out the waiter that is to be woken now, if there is one."""
+        if self._called:
+            return self._called.popitem(last=False)[0]
+        wants = self._wanted()
+        if wants is None:
+            return None
+        waiter = next(iter(self._waiting[wants]))
+        self._take_out(waiter)
+        return waiter
+
+    def _wanted(self) -> Wants | None:
+        """What kind of waiter there is a result for that no woken one will take."""
+        if Wants.ANY in self._waiting and len(self._ready) > self._n_woken[Wants.ANY]:
+            return Wants.ANY
+        if Wants.NEXT in self._waiting and self._ready and not self._n_woken[Wants.NEXT]:
+            return Wants.NEXT if self._members.first.result is not None else None
+        return None
+
+    def _take_out(self, waiter: Waiter) -> None:
+        waiting = self._waiting[waiter.wants]
+        del waiting[waiter]
+        if not waiting:
+            del self._waiting[waiter.wants]
 
 
 class Demand:
@@ -414,12 +556,17 @@ class Demand:
 
     def take(self, pool: Pool) -> Entry | None:
         """The next entry to deliver, or None."""
-        if self.n_results is not None and 0 < self.n_results <= self.n_collected:
+        if self.has_all:
             return None
         entry = pool.take(ordered=self.ordered)
         if entry is not None:
             self.n_collected += 1
         return entry
+
+    @property
+    def has_all(self) -> bool:
+        """Whether as many were taken as were asked for."""
+        return self.n_results is not None and 0 < self.n_results <= self.n_collected
 
     def can_take_all(self, pool: Pool, *, closed: bool) -> bool:
         """Whether all that is demanded can be taken at once.

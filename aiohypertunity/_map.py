@@ -13,12 +13,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from . import _failures
 from ._errors import JobCancelled
+from ._handles import waiting, wake
 from ._jobs import Job
-from ._ledger import Entry, Pool
+from ._ledger import Entry, Pool, Wants
 from ._payload import FailedChunk, short
 
 if TYPE_CHECKING:
@@ -151,21 +153,14 @@ class Map(Generic[R]):
         return feeder
 
     async def _changed(self, feeder: asyncio.Task[None]) -> None:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def wake(_: object = None) -> None:
-            if not future.done():
-                future.set_result(None)
-
-        self._pool.waiters.append(wake)
-        if not feeder.done():  # else it would wake at once, again and again
-            feeder.add_done_callback(wake)
-        try:
-            await future
-        finally:
-            feeder.remove_done_callback(wake)
-            if wake in self._pool.waiters:
-                self._pool.waiters.remove(wake)
+        with waiting(self._pool, Wants.CHANGE) as changed:
+            on_end = partial(wake, changed)
+            if not feeder.done():  # else it would wake at once, again and again
+                feeder.add_done_callback(on_end)
+            try:
+                await changed
+            finally:
+                feeder.remove_done_callback(on_end)
 
     def _deliver(self, entry: Entry) -> None:
         result = entry.result

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _HOLD = 0.002
-"""Seconds for which jobs are cancelled before the rest of the loop has its turn."""
+"""Seconds for which jobs are started, cancelled or ended before the rest of the loop has its turn."""
 
 _RETRIED = (JobFailed, JobCrashed, JobTimeout)
 _ANOTHER = "job.replace() makes another one like it"
@@ -110,7 +110,8 @@ class Scheduler:
         timeout: Seconds an attempt may run, for jobs that don't say.
         retries: How many more attempts a failure, a crash or a timeout gets, for jobs that don't say.
         kill_grace: Seconds between TERM and KILL for scripts.
-        logs: A directory in which the whole output of every local job is kept.
+        logs: A directory in which the whole output of every local job is kept. New directories and files get the
+            modes that the umask gives them, but never more than 0755 and 0644.
         on_exit: What leaving does with unfinished jobs: "cancel" them or "wait" for them.
 
     Raises:
@@ -156,7 +157,9 @@ class Scheduler:
         self._busy_seconds = 0.0
         self._n_dispatched = 0
         self._is_pumping = False
-        self._is_purging = False
+        self._is_pump_due = False
+        self._cancelled: deque[Entry] = deque()  # whose ends are still to be seen to
+        self._is_end_due = False
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._is_watched = False  # whether there ever was one: to ask a WeakSet is slow
         self._maps: weakref.WeakSet[Map[Any]] = weakref.WeakSet()
@@ -496,7 +499,7 @@ class Scheduler:
             self._enter(entry)
         self._pump()
         own = Pool() if pool is self._pool else pool
-        return Batch(entries, own, self._cancel, self._closed)
+        return Batch(entries, own, self._cancel, self._cancel_all, self._closed)
 
     def _executor(self, job: Job[Any]) -> Executor:
         if isinstance(job, SlurmJob):
@@ -546,7 +549,7 @@ class Scheduler:
         return entry
 
     def _pump(self) -> None:
-        """Starts what may start."""
+        """Starts what may start, as much as the loop may be held for."""
         if (
             self._is_pumping or self._is_ending
         ):  # what is started may be over at once, and come back here
@@ -558,6 +561,7 @@ class Scheduler:
             self._is_pumping = False
 
     def _start_waiting(self) -> None:
+        let_loop_run_at = time.monotonic() + _HOLD
         while (entry := self._ledger.start()) is not None:
             try:
                 if self._logs is not None and entry.log_path is None:
@@ -566,6 +570,19 @@ class Scheduler:
             except Exception as error:  # no descriptor or no disk is left, say
                 failed = _failures.not_started(entry.job, error)
                 self._end_attempt(entry, Outcome(Status.FAILED, error=failed))
+            if time.monotonic() > let_loop_run_at:
+                self._pump_soon()
+                return
+
+    def _pump_soon(self) -> None:
+        assert self._loop is not None
+        if not self._is_pump_due:
+            self._is_pump_due = True
+            self._loop.call_soon(self._pump_now)
+
+    def _pump_now(self) -> None:
+        self._is_pump_due = False
+        self._pump()
 
     # --- Owner: what executors report ----------------------------------------------------------
 
@@ -613,14 +630,13 @@ class Scheduler:
 
     def given_back(self, entries: list[Entry]) -> None:
         """See `_ledger.Owner`."""
-        waiting = []
         for entry in entries:
             self._ledger.release(entry)
             if entry.stop_status is None:
-                waiting.append(entry)
+                self._ledger.wait(entry)
             else:
-                self.finished(entry, Outcome(Status.CRASHED))
-        self._ledger.wait_again(waiting)
+                self._cancelled.append(entry)
+        self._end_cancelled(time.monotonic() + _HOLD)
         self._pump()
 
     # --- what follows from it ------------------------------------------------------------------
@@ -667,28 +683,83 @@ class Scheduler:
     def _cancel(self, entry: Entry) -> None:
         if entry.result is not None or entry.stop_status is Status.CANCELLED:
             return
-        if entry.needs is not None and entry.grant is None and entry.place is None:
+        if _waits_here(entry):
+            self._ledger.discard([entry])
             entry.stop_status = Status.CANCELLED
             self.finished(entry, Outcome(Status.CRASHED))
-            self._purge_soon()
-            return
-        was_stopped = entry.stop_status is not None
-        entry.executor.check_stop(entry)
-        entry.stop_status = Status.CANCELLED
-        entry.status = Status.CANCELLING
-        if not was_stopped:
+        elif self._mark_cancelled(entry):
             entry.executor.stop(entry)
 
-    def _purge_soon(self) -> None:
-        """Once for all that are cancelled in this turn of the loop."""
-        assert self._loop is not None
-        if not self._is_purging:
-            self._is_purging = True
-            self._loop.call_soon(self._purge)
+    def _mark_cancelled(self, entry: Entry) -> bool:
+        """Note that an entry which an executor has is to end; return True if the executor must be told.
 
-    def _purge(self) -> None:
-        self._is_purging = False
-        self._ledger.purge()
+        Raises:
+            RuntimeError: It can't be stopped.
+        """
+        entry.executor.check_stop(entry)
+        must_stop = entry.stop_status is None
+        entry.stop_status = Status.CANCELLED
+        entry.status = Status.CANCELLING
+        return must_stop
+
+    def _cancel_all(self, entries: Iterable[Entry]) -> None:
+        """Cancels entries. None of them starts from now on; what follows from it is done a slice at a time.
+
+        Raises:
+            RuntimeError: Some of them can't be stopped; all others are.
+        """
+        let_loop_run_at = time.monotonic() + _HOLD
+        cancelled = Status.CANCELLED
+        left = [e for e in entries if e.result is None and e.stop_status is not cancelled]
+        waiting = [entry for entry in left if _waits_here(entry)]
+        refusal = None
+        running = []
+        if len(waiting) < len(left):
+            for entry in left:
+                if _waits_here(entry):
+                    continue
+                try:
+                    if self._mark_cancelled(entry):
+                        running.append(entry)
+                except RuntimeError as error:
+                    refusal = error
+        for entry in waiting:
+            entry.stop_status = cancelled
+            entry.status = Status.CANCELLING
+        self._ledger.discard(waiting)
+        self._cancelled += waiting
+        for entry in running:
+            # A call that waits in a worker would start: so those on this machine are ended at once.
+            if entry.needs is None:
+                self._cancelled.append(entry)
+            else:
+                entry.executor.stop(entry)
+        self._end_cancelled(let_loop_run_at)
+        self._pump()
+        if refusal is not None:
+            raise refusal
+
+    def _end_cancelled(self, let_loop_run_at: float) -> None:
+        """Sees to the ends of cancelled entries, unless the next slice is due anyway."""
+        if self._cancelled and not self._is_end_due:
+            self._end_some(let_loop_run_at)
+
+    def _end_some(self, let_loop_run_at: float = 0.0) -> None:
+        """Sees to the ends of cancelled entries, as much as the loop may be held for."""
+        assert self._loop is not None
+        self._is_end_due = True  # what is ended here may come back here
+        let_loop_run_at = let_loop_run_at or time.monotonic() + _HOLD
+        try:
+            while self._cancelled and time.monotonic() < let_loop_run_at:
+                entry = self._cancelled.popleft()
+                if entry.needs is None:
+                    entry.executor.stop(entry)
+                else:
+                    self._end_attempt(entry, Outcome(Status.CRASHED))
+        finally:
+            self._is_end_due = bool(self._cancelled)
+            if self._is_end_due:
+                self._loop.call_soon(self._end_some)
 
     def _see_why(self, entry: Entry, outcome: Outcome) -> None:
         """An attempt that died when we ended it did so for our reason."""
@@ -716,7 +787,7 @@ class Scheduler:
         if entry.needs is None:
             entry.executor.start(entry)
         else:
-            self._ledger.wait_again([entry])
+            self._ledger.wait(entry)
         return True
 
     def _settle(self, entry: Entry, outcome: Outcome, at: float) -> None:
@@ -748,6 +819,11 @@ class Scheduler:
 
     def _closed(self) -> bool:
         return self._is_closed
+
+
+def _waits_here(entry: Entry) -> bool:
+    """Whether an entry waits for room on this machine, and no executor has it."""
+    return entry.needs is not None and entry.grant is None and entry.place is None
 
 
 def _wake(entry: Entry) -> None:
@@ -836,7 +912,8 @@ def _checked_resources(
 def _check_logs(logs: Path) -> None:
     """Makes the directory of the logs, and sees whether it can be written to."""
     try:
-        logs.mkdir(parents=True, exist_ok=True)
+        for directory in (*reversed(logs.parents), logs):  # `parents=True` would ignore the mode
+            directory.mkdir(mode=0o755, exist_ok=True)
         tempfile.TemporaryFile(dir=logs).close()
     except (OSError, ValueError) as error:
         raise OSError(f"logs={str(logs)!r} can't be written to: {error}") from error
@@ -848,7 +925,7 @@ def _make_log_directory(logs: Path, job_id: int | str) -> Path:
     for number in itertools.count():
         path = logs / (f"{name}.{number}" if number else name)
         try:
-            path.mkdir(parents=True)
+            path.mkdir(mode=0o755)
         except FileExistsError:
             continue
         except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from . import _failures
 from ._callables import resource_env
-from ._capture import Capture, log_files
+from ._capture import Capture, log_files, open_log
 from ._errors import JobError, ResultLost
 from ._guardian import MARK, kill_tree
 from ._payload import LARGE
@@ -62,13 +62,17 @@ class Scripts:
         self._kill_grace = kill_grace
         self._loop = asyncio.get_running_loop()
         self._host = socket.gethostname()
-        self._running: dict[Entry, asyncio.Task[None]] = {}
+        self._runs: set[_Run] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, entry: Entry) -> None:
         """Starts its process."""
         entry.place = run = _Run(entry, self._rundir)
+        self._runs.add(run)
+        # An eager task (Python 3.12) may be over before this returns.
         task = self._loop.create_task(self._run(entry, run))
-        self._running[entry] = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def stop(self, entry: Entry) -> None:
         """TERM, a grace, KILL."""
@@ -81,12 +85,10 @@ class Scripts:
 
     async def aclose(self) -> None:
         """Kills what still runs."""
-        tasks = list(self._running.values())
-        for entry in tuple(self._running):
-            run: _Run = entry.place
+        for run in tuple(self._runs):
             run.stop(self._loop, 0)
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def _run(self, entry: Entry, run: _Run) -> None:
         try:
@@ -94,7 +96,7 @@ class Scripts:
         except Exception as error:
             outcome = Outcome(Status.FAILED, error=_failures.not_started(entry.job, error))
         finally:
-            del self._running[entry]
+            self._runs.discard(run)
         outcome.host = self._host
         entry.place = None
         self._owner.finished(entry, outcome)
@@ -168,7 +170,10 @@ class _Run:
 
     async def _start(self) -> _Process:
         with contextlib.ExitStack() as stack:
-            stdout, stderr = (stack.enter_context(open(path, "ab")) for path in self._capture.paths)
+            stdout, stderr = (
+                stack.enter_context(open(path, "ab", opener=open_log))
+                for path in self._capture.paths
+            )
             options: dict[str, Any] = {
                 "stdin": subprocess.DEVNULL,
                 "stdout": stdout,

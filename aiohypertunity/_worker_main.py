@@ -131,7 +131,7 @@ class Streams:
         """A call starts: what is written from now on is its own. Says from where in the files."""
         if logs is not None:
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-            self._attach([os.open(path, flags, 0o666) for path in logs])
+            self._attach([os.open(path, flags, 0o644) for path in logs])
         sizes = self._sizes()
         if max(sizes) > _TRIM and logs is None:
             for file in self._files:

@@ -19,7 +19,7 @@ from benchmarks._harness import (
     write_json,
 )  # fmt: skip
 
-_LOCAL = ("callables", "searches", "load", "programs")
+_LOCAL = ("callables", "searches", "load", "holds", "programs")
 
 
 def main() -> None:

@@ -371,6 +371,34 @@ class TestBatches:
         assert batch[0].status is Status.CANCELLED
         assert [r async for r in scheduler.collect()] == []
 
+    async def test_nothing_starts_after_a_batch_was_cancelled(
+        self, scheduler: Scheduler, tmp_path: Path
+    ) -> None:
+        """Not even what waited in a worker; and all statuses say so at once."""
+        started = tmp_path / "started"
+        first = Job(tasks.gate, args=(str(tmp_path / "gate"),))
+        jobs = [Job(tasks.count_then, args=(str(started), "well")) for _ in range(20_000)]
+        blocking = scheduler.dispatch([first, first.replace()])
+        await blocking[1].wait_started()
+        batch = scheduler.dispatch(jobs)
+        batch.cancel()
+        assert {h.status for h in batch} <= {Status.CANCELLING, Status.CANCELLED}
+        (tmp_path / "gate").touch()
+        assert (await scheduler.dispatch(Job(tasks.double, args=(1,)))[0]).data == 2
+        assert {(await handle).status for handle in batch} == {Status.CANCELLED}
+        assert not started.exists()
+
+    async def test_a_full_collector_lets_all_who_wait_for_it_go(self, scheduler: Scheduler) -> None:
+        """Several tasks may share a collector: none waits on when another has had the last result."""
+        scheduler.dispatch([Job(tasks.double, args=(1,)), Job(tasks.forever)])
+        collector = scheduler.collect(n_results=1)
+
+        async def collect() -> int:
+            return len([result async for result in collector])
+
+        with anyio.fail_after(PATIENCE):
+            assert sum(await asyncio.gather(*(collect() for _ in range(50)))) == 1
+
     async def test_cancelling_a_batch(self, scheduler: Scheduler) -> None:
         """Cancels those that wait and those that run; each gives a result that says so."""
         batch = scheduler.dispatch([Job(tasks.forever) for _ in range(4)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from aiohypertunity import NotEnoughJobs, Status
-from aiohypertunity._ledger import Demand, Entry, Ledger, Needs, Pool
+from aiohypertunity import NotEnoughJobs
+from aiohypertunity._ledger import Demand, Entry, Ledger, Needs, Pool, Waiter, Wants
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -147,14 +148,14 @@ class Machine(RuleBasedStateMachine):
         again = data.draw(st.sampled_from(self.running))
         self.running.remove(again)
         self.ledger.release(again)
-        self.ledger.wait_again([again])
+        self.ledger.wait(again)
         self.waiting.append(again)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         gone = data.draw(st.sampled_from(self.waiting))
-        gone.status = Status.CANCELLED
+        self.ledger.discard([gone])
         self.waiting.remove(gone)
 
     def _free(self) -> tuple[int, int]:
@@ -217,7 +218,7 @@ def test_claiming_moves_what_nobody_has_taken() -> None:
         shared.add(each)
     finish(shared, entries[0])
     assert shared.take() is entries[0]
-    shared.waiters.append(lambda: woken.append(1))
+    shared.wait(Waiter(lambda: woken.append(1), Wants.ANY))
     own.claim(entries)
     assert (len(shared), len(own), woken) == (0, 2, [1])
     finish(own, entries[2])
@@ -288,3 +289,136 @@ def test_each_result_is_given_once(what: list[str], data: st.DataObject) -> None
         while (each_left := pool.take()) is not None:
             taken.append(each_left.seq)
     assert sorted(taken) == list(range(len(entries)))
+
+
+class Collectors(RuleBasedStateMachine):
+    """Any order of results and of collectors that come, look late, are cancelled or have others take before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = Pool()
+        self.n = 0
+        self.open: list[Entry] = []
+        self.asleep: list[Waiter] = []
+        self.awake: list[Waiter] = []
+        self.taken: list[Entry] = []
+
+    @rule(n=st.integers(1, 60))
+    def come(self, n: int) -> None:
+        """Jobs are dispatched."""
+        for _ in range(n):
+            self.open.append(entry(self.n, self.pool))
+            self.pool.add(self.open[-1])
+            self.n += 1
+
+    @rule(wants=st.sampled_from(list(Wants)), n=st.integers(1, 60))
+    def wait(self, wants: Wants, n: int) -> None:
+        """Collectors find nothing, and wait."""
+        for _ in range(n):
+            if wants is not Wants.CHANGE and self.pool.take(ordered=wants is Wants.NEXT):
+                continue  # it needed not wait
+            waiter = Waiter(lambda: None, wants)
+            waiter.wake = lambda waiter=waiter: self._wake(waiter)  # type: ignore[misc]
+            self.asleep.append(waiter)
+            self.pool.wait(waiter)
+
+    def _wake(self, waiter: Waiter) -> None:
+        self.asleep.remove(waiter)
+        self.awake.append(waiter)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        """Some jobs are over."""
+        for each in data.draw(st.lists(st.sampled_from(self.open), unique=True)):
+            self.open.remove(each)
+            finish(self.pool, each)
+
+    @precondition(lambda self: self.awake)
+    @rule(data=st.data(), is_cancelled=st.booleans())
+    def look(self, data: st.DataObject, is_cancelled: bool) -> None:
+        """One that was woken takes what it can, unless it has been cancelled."""
+        self._look(data.draw(st.sampled_from(self.awake)), is_cancelled=is_cancelled)
+
+    def _look(self, waiter: Waiter, *, is_cancelled: bool = False) -> None:
+        self.awake.remove(waiter)
+        if not is_cancelled and waiter.wants is not Wants.CHANGE:
+            each = self.pool.take(ordered=waiter.wants is Wants.NEXT)
+            self.taken += [each] if each else []
+        self.pool.leave(waiter)
+
+    @precondition(lambda self: self.asleep)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        """One that waits is cancelled."""
+        waiter = data.draw(st.sampled_from(self.asleep))
+        self.asleep.remove(waiter)
+        self.pool.leave(waiter)
+
+    @rule(ordered=st.booleans())
+    def pass_by(self, ordered: bool) -> None:
+        """Somebody takes a result without having waited."""
+        self.pool.take(ordered=ordered)
+
+    @precondition(lambda self: self.taken)
+    @rule()
+    def give_back(self) -> None:
+        """Results that were taken and not delivered come back."""
+        self.pool.restore(self.taken)
+        self.taken = []
+
+    @rule()
+    def close(self) -> None:
+        """All are to look."""
+        everybody = [*self.asleep, *self.awake]
+        self.pool.wake_all()
+        while self.awake:
+            self._look(self.awake[0])
+        assert not set(everybody) & set(self.asleep)
+
+    @invariant()
+    def few_are_awake(self) -> None:
+        """What they do is done in one turn of the loop."""
+        assert len(self.awake) <= 32
+
+    def teardown(self) -> None:
+        """Once all that are awake have looked, no result lies there for one that sleeps."""
+        while self.awake:
+            self._look(self.awake[0])
+        wants = {waiter.wants for waiter in self.asleep}
+        assert Wants.ANY not in wants or not self.pool.n_ready
+        assert Wants.NEXT not in wants or self.pool.take(ordered=True) is None
+
+
+TestCollectors = Collectors.TestCase
+
+
+def test_a_result_wakes_one_collector() -> None:
+    """And ten wake ten, whatever the order in which those then look."""
+    pool, woken = Pool(), []
+    entries = [entry(seq, pool) for seq in range(20)]
+    for each in entries:
+        pool.add(each)
+        pool.wait(Waiter(lambda: woken.append(1), Wants.ANY))
+    finish(pool, entries[7])
+    assert len(woken) == 1
+    for each in entries[8:17]:
+        finish(pool, each)
+    assert len(woken) == 10
+
+
+def test_giving_back_costs_what_is_given_back() -> None:
+    """Not what else is in the pool, however often it is done."""
+    pool = Pool()
+    entries = [entry(seq, pool) for seq in range(50_000)]
+    for each in entries:
+        pool.add(each)
+        finish(pool, each)
+    began = time.process_time()
+    for _ in range(2_000):
+        taken = pool.take()
+        assert taken is entries[0]
+        pool.restore([taken])
+    assert time.process_time() - began < 2
+    assert pool.unfinished() == []
+    assert pool.take(ordered=True) is entries[0]

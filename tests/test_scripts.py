@@ -381,3 +381,20 @@ async def test_calling_a_scripts_job(tmp_path: Path) -> None:
     """`job()` runs a script as a scheduler would; also under a running loop."""
     path = script(tmp_path / "s.sh", "echo 5 > $AIOHYPERTUNITY_OUTPUT_FILE")
     assert Job(path)().data == 5
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o027])
+async def test_logs_are_for_nobody_else_to_write(tmp_path: Path, umask: int) -> None:
+    """The umask counts, and without one directories are 0755 and files 0644; of callables and of scripts."""
+    logs = tmp_path / "above" / "logs"
+    before = os.umask(umask)
+    try:
+        async with Scheduler(n_parallel=1, logs=logs) as scheduler:
+            scheduler.dispatch([Job(tasks.pid), Job("true")])
+            assert len([r async for r in scheduler.collect()]) == 2
+    finally:
+        os.umask(before)
+    found = [logs.parent, *logs.parent.rglob("*")]
+    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in found}
+    assert len(found) == 8
+    assert modes == {(True, 0o755 & ~umask), (False, 0o644 & ~umask)}
