@@ -26,7 +26,7 @@ import anyio
 
 from ._calls import present_directory
 from ._capture import Capture, log_files
-from ._guardian import MARK, kill_tree
+from ._guardian import MARK, kill_tree, start_marked
 from ._threads import in_thread
 from ._worker_main import (
     CALL,
@@ -322,16 +322,19 @@ class WorkerProcess:
             orders.truncate(orders.write(json.dumps(given).encode()))
             orders.seek(0)
             stdout, stderr = (stack.enter_context(open(path, "ab")) for path in self._capture.paths)
-            return subprocess.Popen(
-                # -P: a json.py in the present directory is none of ours.
-                [sys.executable, "-P", "-c", _BOOTSTRAP, str(orders.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                env=self._env,
-                cwd=self._cwd,
-                pass_fds=(self._theirs.fileno(), self._page_file, orders.fileno()),
-                start_new_session=True,
+            return start_marked(
+                lambda: subprocess.Popen(
+                    # -P: a json.py in the present directory is none of ours.
+                    [sys.executable, "-P", "-c", _BOOTSTRAP, str(orders.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=self._env,
+                    cwd=self._cwd,
+                    pass_fds=(self._theirs.fileno(), self._page_file, orders.fileno()),
+                    start_new_session=True,
+                ),
+                self._mark,
             )
 
     def _bury(self, status: int) -> None:
