@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
@@ -26,6 +27,26 @@ Cancel = Callable[[Entry], None]
 
 _HOLD = 0.002
 """Seconds for which ready results are delivered before the rest of the loop has its turn."""
+
+
+class Home:
+    """The process that a scheduler belongs to: a forked child has its objects, but not its threads."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        """True in that process, False in a child of it."""
+        return os.getpid() == self._pid
+
+    def check(self) -> None:
+        """Raise RuntimeError in any other process."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this scheduler belongs to process {self._pid}: a forked child cannot use it, make "
+                "another one in this process"
+            )
 
 
 class JobHandle(Generic[T]):
@@ -127,12 +148,13 @@ class Batch(Sequence[JobHandle[T]]):
     """
 
     def __init__(
-        self, entries: Sequence[Entry], pool: Pool, cancel: Cancel, closed: Closed
+        self, entries: Sequence[Entry], pool: Pool, cancel: Cancel, closed: Closed, home: Home
     ) -> None:
         self._entries = entries
         self._pool = pool
         self._cancel = cancel
         self._closed = closed
+        self._home = home
 
     @overload
     def __getitem__(self, index: int) -> JobHandle[T]: ...
@@ -159,6 +181,7 @@ class Batch(Sequence[JobHandle[T]]):
         Calling it claims all results of the batch that nobody has taken yet: the scheduler's own
         `collect` gives them no more.
         """
+        self._home.check()
         self._pool.claim(self._entries)
         return Collector(self._pool, self._closed, n_results, timeout, deadline, ordered=ordered)
 
@@ -179,6 +202,8 @@ class Batch(Sequence[JobHandle[T]]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self._home.is_here:
+            return
         with contextlib.suppress(RuntimeError):
             self.cancel()
         try:

@@ -390,13 +390,15 @@ async def exit_status(process: subprocess.Popen[bytes]) -> int:
         # Not in one of our few threads: it lasts as long as the worker does.
         return await in_thread(process.wait, limiter=anyio.CapacityLimiter(1))
     loop = asyncio.get_running_loop()
+    owner = os.getpid()
     ended = asyncio.Event()
     loop.add_reader(descriptor, ended.set)
     try:
         await ended.wait()
     finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
+        if os.getpid() == owner:  # a forked child shares the selector: it would remove ours
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
     return process.wait()
 
 
