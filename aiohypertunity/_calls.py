@@ -30,10 +30,12 @@ class SharedFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        weakref.finalize(self, _unlink, path)
+        weakref.finalize(self, _unlink, path, os.getpid())
 
 
-def _unlink(path: str) -> None:
+def _unlink(path: str, owner: int) -> None:
+    if os.getpid() != owner:  # a forked child that exits, or collects its garbage
+        return
     with contextlib.suppress(OSError):
         os.unlink(path)
 

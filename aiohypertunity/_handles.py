@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
@@ -29,6 +30,26 @@ CancelAll = Callable[[Iterable[Entry]], None]
 
 _HOLD = 0.002
 """Seconds for which results are delivered or dropped before the rest of the loop has its turn."""
+
+
+class Home:
+    """The process that a scheduler belongs to: a forked child has its objects, but not its threads."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        """True in that process, False in a child of it."""
+        return os.getpid() == self._pid
+
+    def check(self) -> None:
+        """Raise RuntimeError in any other process."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this scheduler belongs to process {self._pid}: a forked child cannot use it, make "
+                "another one in this process"
+            )
 
 
 class JobHandle(Generic[T]):
@@ -136,12 +157,14 @@ class Batch(Sequence[JobHandle[T]]):
         cancel: Cancel,
         cancel_all: CancelAll,
         closed: Closed,
+        home: Home,
     ) -> None:
         self._entries = entries
         self._pool = pool
         self._cancel = cancel
         self._cancel_all = cancel_all
         self._closed = closed
+        self._home = home
 
     @overload
     def __getitem__(self, index: int) -> JobHandle[T]: ...
@@ -168,6 +191,7 @@ class Batch(Sequence[JobHandle[T]]):
         Calling it claims all results of the batch that nobody has taken yet: the scheduler's own
         `collect` gives them no more.
         """
+        self._home.check()
         self._pool.claim(self._entries)
         return Collector(self._pool, self._closed, n_results, timeout, deadline, ordered=ordered)
 
@@ -191,6 +215,8 @@ class Batch(Sequence[JobHandle[T]]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self._home.is_here:
+            return
         with contextlib.suppress(RuntimeError):
             self.cancel()
         try:

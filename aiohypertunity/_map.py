@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import time
 import weakref
 from collections import deque
@@ -149,7 +150,10 @@ class Map(Generic[R]):
         loop = asyncio.get_running_loop()
         feeder = loop.create_task(self._source.feed())
         # Who breaks out of the loop just drops this; in whatever thread that is found out.
-        weakref.finalize(self, _abandon, loop, feeder, self._pool, self._cancel).atexit = False
+        abandon = weakref.finalize(
+            self, _abandon, os.getpid(), loop, feeder, self._pool, self._cancel
+        )
+        abandon.atexit = False
         return feeder
 
     async def _changed(self, feeder: asyncio.Task[None]) -> None:
@@ -203,11 +207,14 @@ class Map(Generic[R]):
 
 
 def _abandon(
+    owner: int,
     loop: asyncio.AbstractEventLoop,
     feeder: asyncio.Task[None],
     pool: Pool,
     cancel: Callable[[Entry], None],
 ) -> None:
+    if os.getpid() != owner:  # the loop of a forked child shares its wake-up socket with ours
+        return
     with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(feeder.cancel)
         loop.call_soon_threadsafe(_cancel_rest, pool, cancel)

@@ -13,6 +13,7 @@ import itertools
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ class RunDirectory:
         bases = dict.fromkeys((tempfile.gettempdir(), _shared_memory()))
         for base in bases:
             _remove_stale(base)
+        self._groups: set[int] = set()
         self._locks: list[int] = []
         self._directories: list[str] = []
         try:
@@ -70,15 +72,20 @@ class RunDirectory:
 
     def _start_guardian(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-S", _guardian.__file__]
-        return subprocess.Popen(
-            [*command, str(os.getpid()), self.run, *self._directories],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            start_new_session=True,
+        guardian = _guardian.start_guardian(
+            lambda: subprocess.Popen(
+                [*command, str(os.getpid()), f"{self.run}.", *self._directories],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,
+            ),
         )
+        assert guardian.stdin is not None
+        os.set_blocking(guardian.stdin.fileno(), False)  # it may be stopped, and the pipe be full
+        return guardian
 
     def new_mark(self) -> str:
         """A mark for another process tree, for its environment."""
@@ -90,15 +97,17 @@ class RunDirectory:
 
     def guard(self, group: int) -> None:
         """From now on the guardian ends this process group if we die."""
+        self._groups.add(group)
         self._order(b"+ %d\n" % group)
 
     def unguard(self, group: int) -> None:
         """The process group is gone, and its number may become another's."""
+        self._groups.discard(group)
         self._order(b"- %d\n" % group)
 
     def _order(self, line: bytes) -> None:
         assert self._guardian.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # somebody killed it: its marks still hold
+        with contextlib.suppress(OSError, ValueError):  # somebody killed it: the marks still hold
             self._guardian.stdin.write(line)
 
     def write(self, buffer: bytes | memoryview) -> str:
@@ -115,16 +124,19 @@ class RunDirectory:
         return self._directories
 
     def close(self) -> None:
-        """Removes the directories, and lets the guardian end what's left. Blocks."""
-        assert self._guardian.stdin is not None
-        with contextlib.suppress(OSError):
-            self._guardian.stdin.close()
-        try:
-            self._guardian.wait(5)
-        except subprocess.TimeoutExpired:
-            self._guardian.kill()
-            self._guardian.wait()
+        """Ends what is left of all trees, and removes the directories. Blocks.
+
+        The guardian does the same if this process dies meanwhile. Nothing here relies on it: it may be
+        stopped, or dead.
+        """
+        for group in self._groups:
+            with contextlib.suppress(OSError):
+                os.killpg(group, signal.SIGKILL)
+        _guardian.kill_tree(None, f"{self.run}.")
         self._remove()
+        self._guardian.kill()
+        with self._guardian:  # closes the pipe, and waits
+            pass
 
     def _remove(self) -> None:
         for path in self._directories:

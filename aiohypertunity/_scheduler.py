@@ -28,7 +28,7 @@ from ._callables import IsolatedCallables, available_cpus
 from ._calls import Call, Packer, ScriptCall
 from ._errors import JobCrashed, JobFailed, JobTimeout, PayloadError
 from ._events import Cancelled, Event, Finished, Queued, Retried, Started
-from ._handles import Batch, Collector
+from ._handles import Batch, Collector, Home
 from ._joblib import JoblibCallables, check_backend, check_name
 from ._jobs import Job, ScriptRef, SlurmJob, check_retries, check_seconds, claim, release, resolve
 from ._ledger import Entry, Executor, Ledger, Pool
@@ -167,6 +167,7 @@ class Scheduler:
         self._is_ending = False
         self._is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._home: Home | None = None
         self._rundir: RunDirectory | None = None
         self._slurm_executor: SlurmExecutor | None = None
 
@@ -179,9 +180,11 @@ class Scheduler:
             OSError: There's no room for its directory in the temporary directory, or `logs` can't be written to.
             RuntimeError: It was started before, or there's no asyncio loop (trio has none).
         """
-        if self._loop is not None:
+        if self._home is not None:
+            self._home.check()
             raise RuntimeError("this scheduler was started before: make another one")
         self._loop = _running_loop()
+        self._home = Home()
         self._thread = threading.get_ident()
         self._started_at = time.monotonic()
         try:
@@ -208,6 +211,8 @@ class Scheduler:
 
         Cancelled while it waits, it cancels the jobs instead; it is done when nothing of them is left.
         """
+        if self._home is not None:
+            self._home.check()
         await self._leave(cancel=self._on_exit == "cancel")
 
     async def _leave(self, *, cancel: bool) -> None:
@@ -278,6 +283,8 @@ class Scheduler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._home is None or not self._home.is_here:
+            return
         await self._leave(cancel=error is not None or self._on_exit == "cancel")
 
     if not TYPE_CHECKING:  # a type checker refuses it by itself
@@ -392,8 +399,9 @@ class Scheduler:
             CollectTimeout: While iterating: it took too long.
             NotEnoughJobs: While iterating: there are no more jobs to give as many.
         """
-        if self._loop is None:
+        if self._home is None:
             raise RuntimeError("this scheduler was not started: use it as 'async with'")
+        self._home.check()
         return Collector(self._pool, self._closed, n_results, timeout, deadline, ordered=ordered)
 
     def statistics(self) -> Statistics:
@@ -434,8 +442,9 @@ class Scheduler:
     # --- dispatch ----------------------------------------------------------------------------
 
     def _check_open(self) -> None:
-        if self._loop is None:
+        if self._home is None:
             raise RuntimeError("this scheduler was not started: use it as 'async with'")
+        self._home.check()
         if self._is_closed or self._closing is not None:
             raise RuntimeError("this scheduler is closed: make another one")
 
@@ -499,7 +508,8 @@ class Scheduler:
             self._enter(entry)
         self._pump()
         own = Pool() if pool is self._pool else pool
-        return Batch(entries, own, self._cancel, self._cancel_all, self._closed)
+        assert self._home is not None
+        return Batch(entries, own, self._cancel, self._cancel_all, self._closed, self._home)
 
     def _executor(self, job: Job[Any]) -> Executor:
         if isinstance(job, SlurmJob):
@@ -681,6 +691,8 @@ class Scheduler:
             entry.executor.stop(entry)
 
     def _cancel(self, entry: Entry) -> None:
+        assert self._home is not None
+        self._home.check()
         if entry.result is not None or entry.stop_status is Status.CANCELLED:
             return
         if _waits_here(entry):
@@ -708,6 +720,8 @@ class Scheduler:
         Raises:
             RuntimeError: Some of them can't be stopped; all others are.
         """
+        assert self._home is not None
+        self._home.check()
         let_loop_run_at = time.monotonic() + _HOLD
         cancelled = Status.CANCELLED
         left = [e for e in entries if e.result is None and e.stop_status is not cancelled]

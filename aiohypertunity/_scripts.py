@@ -1,8 +1,10 @@
-"""Scripts and programs, as asyncio subprocesses, each in a session of its own.
+"""Scripts and programs, each in a session of its own.
 
 Output goes to files, not pipes: a grandchild that keeps a pipe open can't keep us waiting, and nothing that
 a script writes passes through the loop. The files are cut when they grow beyond a bound. Cancel is TERM to the
-process group, a grace, then KILL; whatever of the tree outlives its script is killed with it.
+process group, a grace, then KILL; whatever of the tree outlives its script is killed with it. To look for it
+among all processes takes some milliseconds: that is done at once for a script that was stopped, and once a
+second for all that have ended by themselves.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any
 
 from . import _failures
 from ._callables import resource_env
 from ._capture import Capture, log_files, open_log
 from ._errors import JobError, ResultLost
-from ._guardian import MARK, kill_tree
+from ._guardian import MARK, kill_tree, start_marked
 from ._payload import LARGE
 from ._results import Outcome, Status
 from ._threads import in_thread
@@ -44,7 +46,8 @@ _GUARD_AFTER = 0.05
 """Seconds after which the guardian is told of a script's group: to wake it twice for each short script is
 not worth it, since the mark does as well where there is a /proc to find it in."""
 
-_Process: TypeAlias = "asyncio.subprocess.Process | subprocess.Popen[bytes]"
+_SWEEP = 1.0
+"""Seconds after which what ended scripts have left behind is looked for."""
 
 
 class Scripts:
@@ -64,6 +67,8 @@ class Scripts:
         self._host = socket.gethostname()
         self._runs: set[_Run] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ended: list[str] = []
+        self._sweeping: asyncio.TimerHandle | asyncio.Task[None] | None = None
 
     def start(self, entry: Entry) -> None:
         """Starts its process."""
@@ -84,7 +89,11 @@ class Scripts:
         """A script can always be ended."""
 
     async def aclose(self) -> None:
-        """Kills what still runs."""
+        """Kills what still runs. What has outlived its script ends with the run's directory."""
+        if isinstance(self._sweeping, asyncio.Task):
+            await asyncio.wait([self._sweeping])
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         for run in tuple(self._runs):
             run.stop(self._loop, 0)
         if self._tasks:
@@ -97,13 +106,34 @@ class Scripts:
             outcome = Outcome(Status.FAILED, error=_failures.not_started(entry.job, error))
         finally:
             self._runs.discard(run)
+        if not run.stopped:
+            self._sweep_soon(run.mark)
         outcome.host = self._host
         entry.place = None
         self._owner.finished(entry, outcome)
 
+    def _sweep_soon(self, mark: str) -> None:
+        self._ended.append(mark)
+        if self._sweeping is None:
+            self._sweeping = self._loop.call_later(_SWEEP, self._start_sweep)
+
+    def _start_sweep(self) -> None:
+        self._sweeping = self._loop.create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        """Ends what has outlived scripts that ended by themselves."""
+        marks, self._ended = self._ended, []
+        await in_thread(kill_tree, None, *marks)
+        self._sweeping = self._loop.call_later(_SWEEP, self._start_sweep) if self._ended else None
+
 
 class _Run:
-    """One attempt at a script."""
+    """One attempt at a script.
+
+    Attributes:
+        mark: The mark of its process tree.
+        stopped: Whether it was asked to end.
+    """
 
     def __init__(self, entry: Entry, rundir: RunDirectory) -> None:
         self._entry = entry
@@ -114,9 +144,9 @@ class _Run:
         paths = log_files(kept) if kept else map(rundir.new_path, ("stdout", "stderr"))
         self._capture = Capture([str(path) for path in paths])
         self._starts = (0, 0) if kept is None else self._capture.sizes()
-        self._mark = rundir.new_mark()
-        self._process: _Process | None = None
-        self._stopped = False
+        self.mark = rundir.new_mark()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.stopped = False
         self._is_guarded = False
         self._killer: asyncio.TimerHandle | None = None
 
@@ -128,7 +158,7 @@ class _Run:
         """Asks its process group to end, and kills it after `grace` seconds."""
         if self._killer is not None:
             self._killer.cancel()
-        self._stopped = True
+        self.stopped = True
         self._signal(signal.SIGTERM if grace else signal.SIGKILL)
         self._killer = loop.call_later(grace, self._signal, signal.SIGKILL)
 
@@ -147,16 +177,16 @@ class _Run:
         if self._call.output is not None:
             _move_away(self._output)
         started_at = time.time()
-        process = self._process = await self._start()
+        process = self._process = self._start()
         loop = asyncio.get_running_loop()
         guarding = loop.call_later(_GUARD_AFTER, self._guard, process.pid)
         owner.started(self._entry, started_at)
-        if self._stopped:  # while it was being started
+        if self.stopped:  # while it was being started
             self._signal(signal.SIGKILL)
         if self._entry.log_path is None:
             self._capture.watch(loop)
         try:
-            status = await _ended(process)
+            status = await exit_status(process)
         finally:
             guarding.cancel()
             self._capture.unwatch()
@@ -168,26 +198,24 @@ class _Run:
         outcome.started_at, outcome.finished_at, outcome.pid = started_at, finished_at, process.pid
         return outcome
 
-    async def _start(self) -> _Process:
+    def _start(self) -> subprocess.Popen[bytes]:
         with contextlib.ExitStack() as stack:
             stdout, stderr = (
                 stack.enter_context(open(path, "ab", opener=open_log))
                 for path in self._capture.paths
             )
-            options: dict[str, Any] = {
-                "stdin": subprocess.DEVNULL,
-                "stdout": stdout,
-                "stderr": stderr,
-                "env": self._env(),
-                "cwd": self._call.cwd,
-                "start_new_session": True,
-            }
-            if isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
-                return await asyncio.create_subprocess_exec(*self._words(), **options)
-            # uvloop forks where asyncio has vfork: it would hold the loop for as long as it takes to
-            # copy the page tables of a large driver.
-            process = await in_thread(lambda: subprocess.Popen(self._words(), **options))
-            return cast("subprocess.Popen[bytes]", process)
+            return start_marked(
+                lambda: subprocess.Popen(
+                    self._words(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=self._env(),
+                    cwd=self._call.cwd,
+                    start_new_session=True,
+                ),
+                self.mark,
+            )
 
     def _words(self) -> tuple[str, ...]:
         call = self._call
@@ -205,15 +233,15 @@ class _Run:
             **given,
             **(self._entry.job.env or {}),
             OUTPUT_VARIABLE: self._output,
-            MARK: self._mark,
+            MARK: self.mark,
         }
 
     async def _end_tree(self, group: int) -> None:
         """Ends what the script left behind: its group always, and all of its tree if it was stopped."""
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
-        if self._stopped:
-            await in_thread(kill_tree, group, self._mark)
+        if self.stopped:
+            await in_thread(kill_tree, group, self.mark)
         if self._is_guarded:
             self._rundir.unguard(group)
 
@@ -222,9 +250,9 @@ class _Run:
         stdout, stderr = self._capture.tails(self._starts)
         if self._entry.log_path is None:
             self._capture.remove()
-        if status == 0 and not (self._stopped and not os.path.exists(self._output)):
+        if status == 0 and not (self.stopped and not os.path.exists(self._output)):
             outcome = await self._result(job)
-        elif status > 0 and not self._stopped:
+        elif status > 0 and not self.stopped:
             hint = self._hint() if self._stumbled(stderr) else ""
             error: JobError = _failures.exited(job, status, stdout, stderr, hint=hint)
             outcome = Outcome(Status.FAILED, error=error)
@@ -264,12 +292,6 @@ class _Run:
         if size > LARGE:
             return await in_thread(read_result, job, self._output, self._call.output is None)
         return read_result(job, self._output, self._call.output is None)
-
-
-async def _ended(process: _Process) -> int:
-    if isinstance(process, subprocess.Popen):
-        return await exit_status(process)
-    return await process.wait()
 
 
 def read_result(job: Job[Any], path: str, remove: bool) -> Outcome:

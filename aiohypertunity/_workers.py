@@ -26,7 +26,7 @@ import anyio
 
 from ._calls import present_directory
 from ._capture import Capture, log_files
-from ._guardian import MARK, kill_tree
+from ._guardian import MARK, kill_tree, start_marked
 from ._threads import in_thread
 from ._worker_main import (
     CALL,
@@ -322,16 +322,19 @@ class WorkerProcess:
             orders.truncate(orders.write(json.dumps(given).encode()))
             orders.seek(0)
             stdout, stderr = (stack.enter_context(open(path, "ab")) for path in self._capture.paths)
-            return subprocess.Popen(
-                # -P: a json.py in the present directory is none of ours.
-                [sys.executable, "-P", "-c", _BOOTSTRAP, str(orders.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                env=self._env,
-                cwd=self._cwd,
-                pass_fds=(self._theirs.fileno(), self._page_file, orders.fileno()),
-                start_new_session=True,
+            return start_marked(
+                lambda: subprocess.Popen(
+                    # -P: a json.py in the present directory is none of ours.
+                    [sys.executable, "-P", "-c", _BOOTSTRAP, str(orders.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=self._env,
+                    cwd=self._cwd,
+                    pass_fds=(self._theirs.fileno(), self._page_file, orders.fileno()),
+                    start_new_session=True,
+                ),
+                self._mark,
             )
 
     def _bury(self, status: int) -> None:
@@ -387,13 +390,15 @@ async def exit_status(process: subprocess.Popen[bytes]) -> int:
         # Not in one of our few threads: it lasts as long as the worker does.
         return await in_thread(process.wait, limiter=anyio.CapacityLimiter(1))
     loop = asyncio.get_running_loop()
+    owner = os.getpid()
     ended = asyncio.Event()
     loop.add_reader(descriptor, ended.set)
     try:
         await ended.wait()
     finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
+        if os.getpid() == owner:  # a forked child shares the selector: it would remove ours
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
     return process.wait()
 
 

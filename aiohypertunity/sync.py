@@ -190,7 +190,8 @@ class Batch(Sequence[JobHandle[T]]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._portal.call(self._batch.__aexit__, kind, error, traceback)
+        if self._portal.is_here:
+            self._portal.call(self._batch.__aexit__, kind, error, traceback)
 
     def __repr__(self) -> str:
         return repr(self._batch)
@@ -236,6 +237,7 @@ class Scheduler:
             OSError: There's no room for its directory in the temporary directory, or `logs` can't be written to.
             RuntimeError: It was started before.
         """
+        self._portal.check()
         try:
             self._portal.open()
             self._portal.call(self._scheduler.start)
@@ -269,6 +271,8 @@ class Scheduler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self._portal.is_here:
+            return
         if error is not None:
             with contextlib.suppress(KeyboardInterrupt):
                 self._portal.call(self._scheduler.__aexit__, kind, error, traceback)
@@ -295,7 +299,8 @@ class Scheduler:
             while values := self._portal.call(running.take):
                 yield from values
         finally:
-            self._portal.call(running.aclose)
+            if self._portal.is_here:
+                self._portal.call(running.aclose)
 
     def collect(
         self,
@@ -426,6 +431,7 @@ class _Portal:
 
     def __init__(self) -> None:
         self._thread: _LoopThread | None = None
+        self._home = _handles.Home()
         self.loans: list[tuple[_handles.Collector[Any], deque[Entry]]] = []
 
     def reclaim(self) -> None:
@@ -438,8 +444,19 @@ class _Portal:
                     left.append(taken.popleft())
             collector.give_back(left)
 
+    @property
+    def is_here(self) -> bool:
+        """False in a forked child of the process that has the thread."""
+        return self._thread is None or self._home.is_here
+
+    def check(self) -> None:
+        """Raise RuntimeError in a forked child of the process that has the thread."""
+        if self._thread is not None:
+            self._home.check()
+
     def open(self) -> None:
         """Starts the thread."""
+        self._home = _handles.Home()
         self._thread = _LoopThread()
         self._thread.start()
 
@@ -455,6 +472,7 @@ class _Portal:
     def call(self, function: Callable[..., T], *args: Any) -> T: ...
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function there and waits; interrupted, it cancels the call."""
+        self.check()
         if self._thread is not None:
             return self._thread.call(function, *args)
         with contextlib.closing(_LoopThread()) as thread:
