@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tasks
 from helpers import script, until
+from slurm_cluster import SlurmCluster
 from slurm_kit import (  # noqa: F401 - fixtures are found by their names
     cluster_fixture,
     needs_slurm,
@@ -28,7 +29,6 @@ from aiohypertunity._transports import LinkLost, LocalShell
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from slurm_cluster import SlurmCluster
     from slurm_kit import Wrapper
 
 pytestmark = needs_slurm
@@ -251,3 +251,21 @@ async def test_a_limit_that_goes_up_while_nothing_ends(
         assert not first.done()
         gate.touch()
         assert (await first).data == 1
+
+
+async def test_many_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where arrays are short, a hundred submissions delay no word of what is cancelled."""
+    with SlurmCluster(tmp_path / "slurm", nodes=1, settings={"MaxArraySize": "6"}) as short:
+        monkeypatch.setenv("SLURM_CONF", str(short.conf))
+        async with ht.Scheduler(slurm=ht.Slurm(workdir=tmp_path / "work")) as scheduler:
+            batch = scheduler.dispatch(
+                [SlurmJob(tasks.double, (i,), meta=HELD) for i in range(500)]
+            )
+            await until(lambda: all(handle.slurm_id for handle in batch))
+            short.reset_rpcs()
+            for handle in batch[::2]:
+                handle.cancel()
+            async with asyncio.timeout(20):
+                assert all([(await handle).status is Status.CANCELLED for handle in batch[::2]])
+            assert short.rpcs() < 150
+            assert not any(handle.done() for handle in batch[1::2])

@@ -790,6 +790,16 @@ def test_a_budget_is_kept(steps: list[tuple[float, int]]) -> None:
     assert spent <= 30 + now + 1e-6
 
 
+def test_submissions_keep_no_look_away() -> None:
+    """However far submissions have overdrawn the budget, a look comes two seconds after the last."""
+    budget = Budget(60, 30)
+    for submission in range(100):
+        budget.spend(1, submission / 50)
+    assert budget.ready(2, 2.0) > 60
+    assert budget.look_at(1.0, 2.0) == 3.0
+    assert budget.look_at(-1e9, 2.0) == 2.0
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 REPLY = spool.Reply(b"v", b"pickle", (("buffer", 3),), {"host": "n1"})

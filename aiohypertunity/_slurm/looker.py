@@ -62,7 +62,7 @@ class Looker:
             at = next_look(self._state.mood, last, now)
             if self._cluster.host is not None and self._state.mood.urgent_since is None:
                 at += at - last  # across a link each look is nine messages
-            at = max(at, self._cluster.budget.ready(2, now))
+            at = max(at, self._cluster.budget.look_at(last, now))
             if at <= now:
                 return
             self._state.look_now.clear()
