@@ -319,6 +319,32 @@ async def test_a_full_disk(slurm: Callable[..., ht.Slurm], tmp_path: Path) -> No
     assert isinstance(large.error, ht.ResultLost)
 
 
+async def test_a_full_disk_is_named_by_all(slurm: Callable[..., ht.Slurm], tmp_path: Path) -> None:
+    """Each result that is lost for lack of space says so, and where, though the logs are lost too."""
+    numpy = pytest.importorskip("numpy")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        jobs = [SlurmJob(chatter, (2_000_000,)) for _ in range(16)]
+        jobs += [SlurmJob(numpy.zeros, (300_000,)) for _ in range(4)]
+        results = await results_of(slurm(workdir=disk), *jobs)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    for result in results:
+        assert isinstance(result.error, ht.ResultLost)
+        assert f"the disk of {disk}" in str(result.error)
+        assert "is full: free some space" in str(result.error)
+
+
+def chatter(n_bytes: int) -> bytes:
+    """Fills the log, then returns more than there is room for."""
+    os.write(1, (b"x" * 99 + b"\n") * 1000)
+    return os.urandom(n_bytes)
+
+
 async def test_a_disk_full_from_the_start(slurm: Callable[..., ht.Slurm], tmp_path: Path) -> None:
     """Calls that don't fit into the spool are a TransportError that names the file."""
     disk = tmp_path / "disk"

@@ -634,6 +634,7 @@ def gone(state: str) -> text.Accounted:
         ({"end": Sign(0, 0, "end", "1", 137, "OOM")}, 0, Fate.MEMORY),
         ({"end": Sign(0, 0, "end", "1", 137, "KILL")}, 1, Fate.CRASHED),
         ({"end": Sign(0, 0, "end", "1", spool.SPOOL_FAILED)}, 1, Fate.LOST),
+        ({"end": Sign(0, 0, "end", "1", spool.SPOOL_FULL)}, 1, Fate.LOST),
         # Killed: Slurm knows what for.
         ({"end": KILL}, 1, Fate.WAIT),
         ({"end": KILL}, LONG, Fate.CRASHED),
