@@ -164,7 +164,7 @@ async def test_cancelled_from_outside(
     async with ht.Scheduler(slurm=slurm()) as scheduler:
         running = scheduler.dispatch([SlurmJob(tasks.forever) for _ in range(2)])
         waiting = scheduler.dispatch(
-            [SlurmJob(tasks.double, (1,), meta={"options": {"begin": "now+3"}}) for _ in range(2)]
+            [SlurmJob(tasks.double, (1,), meta={"options": {"hold": True}}) for _ in range(2)]
         )
         await running[0].wait_started()
         await until(lambda: waiting[0].pending_reason)
@@ -176,6 +176,7 @@ async def test_cancelled_from_outside(
             assert isinstance(result.error, ht.JobCancelled)
             assert f"{when}, and not by this scheduler" in str(result.error)
         assert not running[1].status.is_final
+        await asyncio.to_thread(cluster.run, "scontrol", "release", str(waiting[1].slurm_id))
         assert (await asyncio.wait_for(waiting[1], 30)).data == 2
 
 
