@@ -205,6 +205,20 @@ async def test_a_result_that_cannot_be_pickled(slurm: Callable[..., ht.Slurm]) -
     assert "return value" in str(result.error)
 
 
+def fork_and_return() -> str:
+    """Forks a child that returns as well, before its parent does."""
+    if (child := os.fork()) == 0:
+        return "child"
+    os.waitpid(child, 0)
+    time.sleep(2)
+    return "parent"
+
+
+async def test_a_child_that_returns(slurm: Callable[..., ht.Slurm]) -> None:
+    """What a child returns that a callable forked is not the job's result."""
+    assert (await result_of(slurm(), SlurmJob(fork_and_return))).data == "parent"
+
+
 async def test_timeout(slurm: Callable[..., ht.Slurm]) -> None:
     """Timeouts differ freely within an array, and are kept to the second."""
     quick, slow = await results_of(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -162,7 +164,7 @@ async def test_cancelled_from_outside(
     async with ht.Scheduler(slurm=slurm()) as scheduler:
         running = scheduler.dispatch([SlurmJob(tasks.forever) for _ in range(2)])
         waiting = scheduler.dispatch(
-            [SlurmJob(tasks.double, (1,), meta={"options": {"begin": "now+3"}}) for _ in range(2)]
+            [SlurmJob(tasks.double, (1,), meta={"options": {"hold": True}}) for _ in range(2)]
         )
         await running[0].wait_started()
         await until(lambda: waiting[0].pending_reason)
@@ -174,6 +176,7 @@ async def test_cancelled_from_outside(
             assert isinstance(result.error, ht.JobCancelled)
             assert f"{when}, and not by this scheduler" in str(result.error)
         assert not running[1].status.is_final
+        await asyncio.to_thread(cluster.run, "scontrol", "release", str(waiting[1].slurm_id))
         assert (await asyncio.wait_for(waiting[1], 30)).data == 2
 
 
@@ -317,6 +320,32 @@ async def test_a_full_disk(slurm: Callable[..., ht.Slurm], tmp_path: Path) -> No
     assert isinstance(large.error, ht.ResultLost)
 
 
+async def test_a_full_disk_is_named_by_all(slurm: Callable[..., ht.Slurm], tmp_path: Path) -> None:
+    """Each result that is lost for lack of space says so, and where, though the logs are lost too."""
+    numpy = pytest.importorskip("numpy")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        jobs = [SlurmJob(chatter, (2_000_000,)) for _ in range(16)]
+        jobs += [SlurmJob(numpy.zeros, (300_000,)) for _ in range(4)]
+        results = await results_of(slurm(workdir=disk), *jobs)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    for result in results:
+        assert isinstance(result.error, ht.ResultLost)
+        assert f"the disk of {disk}" in str(result.error)
+        assert "is full: free some space" in str(result.error)
+
+
+def chatter(n_bytes: int) -> bytes:
+    """Fills the log, then returns more than there is room for."""
+    os.write(1, (b"x" * 99 + b"\n") * 1000)
+    return os.urandom(n_bytes)
+
+
 async def test_a_disk_full_from_the_start(slurm: Callable[..., ht.Slurm], tmp_path: Path) -> None:
     """Calls that don't fit into the spool are a TransportError that names the file."""
     disk = tmp_path / "disk"
@@ -448,19 +477,61 @@ def accounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster
         yield cluster
 
 
+class Purge:
+    """Makes squeue know of no job from a moment on, as if all had been purged while nobody looked."""
+
+    def __init__(self, wrapped: Wrapper, flag: Path) -> None:
+        wrapped("squeue", f'[ ! -e {flag} ] || exit 0; exec "$REAL" "$@"')
+        self.now = flag.touch
+
+
 async def test_accounting(
-    accounted: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accounted: SlurmCluster, tmp_path: Path, wrapped: Wrapper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the accounting knows of a job that was purged while nobody looked is believed."""
+    """How a job ended that squeue does not know any more comes from the accounting."""
     monkeypatch.setenv("SLURM_CONF", str(accounted.conf))
+    purge = Purge(wrapped, tmp_path / "purged")
+    calls = wrapped("sacct", 'exec "$REAL" "$@"')
     async with ht.Scheduler(slurm=ht.Slurm(workdir=tmp_path / "work")) as scheduler:
         [handle] = scheduler.dispatch(SlurmJob(tasks.announce, (str(tmp_path / "pid"),)))
         pid = await asyncio.to_thread(number_in, tmp_path / "pid")
+        purge.now()
         os.kill(shell_of(pid), signal.SIGKILL)
-        time.sleep(8)
         result = await asyncio.wait_for(handle, 60)
     assert type(result.error) is ht.JobCrashed
     assert "Slurm says FAILED" in str(result.error)
+    assert calls()
+
+
+async def test_accounting_has_nothing_to_add(
+    accounted: SlurmCluster, tmp_path: Path, wrapped: Wrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed job of which all is known already is no question, and harms no healthy job."""
+    monkeypatch.setenv("SLURM_CONF", str(accounted.conf))
+    purge = Purge(wrapped, tmp_path / "purged")
+    gate = tmp_path / "gate"
+    async with ht.Scheduler(slurm=ht.Slurm(workdir=tmp_path / "work")) as scheduler:
+        batch = scheduler.dispatch(
+            [SlurmJob(tasks.announce, (str(tmp_path / "pid"),)), SlurmJob(tasks.gate, (str(gate),))]
+        )
+        await batch[1].wait_started()
+        pid = await asyncio.to_thread(number_in, tmp_path / "pid")
+        purge.now()
+        os.kill(shell_of(pid), signal.SIGKILL)
+        assert type((await asyncio.wait_for(batch[0], 60)).error) is ht.JobCrashed
+        gate.touch()
+        assert (await asyncio.wait_for(batch[1], 60)).ok
+
+
+def test_the_doctor_asks_what_the_engine_asks(
+    accounted: SlurmCluster, tmp_path: Path, wrapped: Wrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sacct that refuses any option of the engine's does not answer for the doctor either."""
+    monkeypatch.setenv("SLURM_CONF", str(accounted.conf))
+    doctor = [sys.executable, "-m", "aiohypertunity", "doctor", "--workdir", str(tmp_path / "w")]
+    assert re.search(r"accounting +- +answers", subprocess.check_output(doctor, text=True))
+    wrapped("sacct", 'case "$*" in *--parsable2*) echo "sacct: bad option" >&2; exit 1; esac')
+    assert "doesn't answer (bad option)" in subprocess.check_output(doctor, text=True)
 
 
 async def test_accounting_is_stopped(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tasks
 from helpers import script, until
+from slurm_cluster import SlurmCluster
 from slurm_kit import (  # noqa: F401 - fixtures are found by their names
     cluster_fixture,
     needs_slurm,
@@ -22,13 +23,13 @@ from slurm_kit import (  # noqa: F401 - fixtures are found by their names
 
 import aiohypertunity as ht
 from aiohypertunity import SlurmJob, Status
-from aiohypertunity._slurm import canceller, submitter
+from aiohypertunity._slurm import canceller, report, submitter
+from aiohypertunity._slurm.looker import Looker
 from aiohypertunity._transports import LinkLost, LocalShell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from slurm_cluster import SlurmCluster
     from slurm_kit import Wrapper
 
 pytestmark = needs_slurm
@@ -251,3 +252,66 @@ async def test_a_limit_that_goes_up_while_nothing_ends(
         assert not first.done()
         gate.touch()
         assert (await first).data == 1
+
+
+async def test_a_fault_of_ours(
+    slurm: Callable[..., ht.Slurm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of the executor's own at one job fails that job, with its traceback, and no other."""
+    real = report.report
+
+    def faulty(job: Any, *args: Any) -> Any:
+        return real(job, *args) if job.id != "odd" else 1 / 0
+
+    monkeypatch.setattr(report, "report", faulty)
+    jobs = [SlurmJob(tasks.end_as, ("os._exit",), id=name) for name in ("odd", "even")]
+    odd, even, *good = await results_of(
+        slurm(), *jobs, *(SlurmJob(tasks.double, (i,)) for i in range(5))
+    )
+    assert isinstance(odd.error, ht.TransportError)
+    assert "ZeroDivisionError" in str(odd.error)
+    assert "in faulty" in str(odd.error.__cause__)
+    assert isinstance(even.error, ht.JobCrashed)
+    assert [result.data for result in good] == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("n_faults", [1, 2])
+async def test_a_fault_at_no_job(
+    slurm: Callable[..., ht.Slurm], monkeypatch: pytest.MonkeyPatch, n_faults: int
+) -> None:
+    """A fault of the executor's own that concerns no job is survived once; a second one fails all."""
+    n_raised = 0
+
+    async def faulty(self: Looker) -> None:
+        nonlocal n_raised
+        n_raised += 1
+        if n_raised <= n_faults:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(Looker, "_ask_accounts", faulty)
+    async with ht.Scheduler(slurm=slurm()) as scheduler:
+        batch = scheduler.dispatch([SlurmJob(time.sleep, (6,)) for _ in range(3)])
+        errors = [(await handle).error for handle in batch]
+    assert n_raised > 1
+    if n_faults == 1:
+        assert errors == [None] * 3
+    else:
+        assert all(error and "in faulty" in str(error.__cause__) for error in errors)
+
+
+async def test_many_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where arrays are short, a hundred submissions delay no word of what is cancelled."""
+    with SlurmCluster(tmp_path / "slurm", nodes=1, settings={"MaxArraySize": "6"}) as short:
+        monkeypatch.setenv("SLURM_CONF", str(short.conf))
+        async with ht.Scheduler(slurm=ht.Slurm(workdir=tmp_path / "work")) as scheduler:
+            batch = scheduler.dispatch(
+                [SlurmJob(tasks.double, (i,), meta=HELD) for i in range(500)]
+            )
+            await until(lambda: all(handle.slurm_id for handle in batch))
+            short.reset_rpcs()
+            for handle in batch[::2]:
+                handle.cancel()
+            async with asyncio.timeout(20):
+                assert all([(await handle).status is Status.CANCELLED for handle in batch[::2]])
+            assert short.rpcs() < 150
+            assert not any(handle.done() for handle in batch[1::2])

@@ -634,6 +634,7 @@ def gone(state: str) -> text.Accounted:
         ({"end": Sign(0, 0, "end", "1", 137, "OOM")}, 0, Fate.MEMORY),
         ({"end": Sign(0, 0, "end", "1", 137, "KILL")}, 1, Fate.CRASHED),
         ({"end": Sign(0, 0, "end", "1", spool.SPOOL_FAILED)}, 1, Fate.LOST),
+        ({"end": Sign(0, 0, "end", "1", spool.SPOOL_FULL)}, 1, Fate.LOST),
         # Killed: Slurm knows what for.
         ({"end": KILL}, 1, Fate.WAIT),
         ({"end": KILL}, LONG, Fate.CRASHED),
@@ -788,6 +789,16 @@ def test_a_budget_is_kept(steps: list[tuple[float, int]]) -> None:
         budget.spend(amount, now)
         spent += amount
     assert spent <= 30 + now + 1e-6
+
+
+def test_submissions_keep_no_look_away() -> None:
+    """However far submissions have overdrawn the budget, a look comes two seconds after the last."""
+    budget = Budget(60, 30)
+    for submission in range(100):
+        budget.spend(1, submission / 50)
+    assert budget.ready(2, 2.0) > 60
+    assert budget.look_at(1.0, 2.0) == 3.0
+    assert budget.look_at(-1e9, 2.0) == 2.0
 
 
 # --- files ---------------------------------------------------------------------------------------

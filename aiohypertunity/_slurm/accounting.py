@@ -41,11 +41,13 @@ class Accounting:
         return self._cluster.site.accounting and self._loop.time() >= self._from
 
     async def ask(self, elements: Sequence[Element]) -> None:
-        """Asks about elements; what it knows goes to them."""
-        submissions = [e.submission for e in elements if e.submission is not None]
+        """Ask about elements, and give them what the accounting knows. No elements, no question."""
         keys = {e: key for e in elements if (key := e.key) is not None}
+        if not keys:
+            return
         arrays = sorted({array for array, _ in keys.values()})
-        age = int(time.time() - min(s.epoch for s in submissions)) + 60
+        oldest = min(e.submission.epoch for e in keys if e.submission is not None)
+        age = int(time.time() - oldest) + 60
         found: dict[tuple[str, int], text.Accounted] | None = None
         with contextlib.suppress(TimeoutError, TransportError):
             command = text.account_command(arrays, f"now-{age}seconds")

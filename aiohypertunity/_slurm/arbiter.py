@@ -45,7 +45,10 @@ class Arbiter:
             self._state.suspected.clear()
             urgent = False
             for n_judged, element in enumerate(tuple(self._state.suspects), 1):
-                urgent = self._judge(element) or urgent
+                try:
+                    urgent = self._judge(element) or urgent
+                except Exception as error:  # a fault of ours is this element's alone
+                    self._state.fault([element], error)
                 if n_judged % _AT_ONCE == 0:
                     await asyncio.sleep(0)
             self._be_urgent(urgent)

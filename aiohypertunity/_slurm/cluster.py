@@ -15,7 +15,7 @@ from .._threads import in_thread
 from .._transports import LinkLost, Transport, transport_to
 from . import shell, text
 from .nodecode import node_code
-from .pace import Budget
+from .pace import LOOK, Budget
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -199,7 +199,7 @@ class Cluster:
 
     async def look(self) -> dict[tuple[str, int], text.Seen] | None:
         """What squeue says of this run's jobs; None if it says nothing, for whatever reason."""
-        self.budget.spend(2, self.now())
+        self.budget.spend(LOOK, self.now())
         try:
             done = await self.command(text.look_command(self.run))
         except (TimeoutError, TransportError):

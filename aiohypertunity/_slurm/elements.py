@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from .._jobs import ScriptRef
-from . import report, shell, text
+from . import report, shell, spool, text
 from .verdict import Facts
 
 if TYPE_CHECKING:
@@ -159,11 +159,22 @@ class Element:
             account=self.account,
             log=(log or b"").decode(errors="replace"),
             timeout=self.entry.timeout,
-            lost=self.bad_result or "none was found",
+            lost=self.bad_result or self._unwritten() or "none was found",
             started=bool(self.claims),
             is_script=self.is_script,
             options=self.group[1],
         )
+
+    def _unwritten(self) -> str | None:
+        """Return why its node could not write its result, by the exit code; None if that says nothing."""
+        if self.end is None or self.submission is None or self.is_script:
+            return None
+        directory = self.submission.directory
+        if self.end.code == spool.SPOOL_FULL:
+            return f"the disk of {directory} is full: free some space, or name another disk by Slurm(workdir=...)"
+        if self.end.code == spool.SPOOL_FAILED:
+            return f"it could not be written to {directory}"
+        return None
 
     def saw(self, seen: text.Seen, at: float) -> None:
         """A squeue that began at `at` lists it."""

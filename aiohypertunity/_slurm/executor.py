@@ -13,11 +13,12 @@ import asyncio
 import contextlib
 import logging
 import shlex
-from typing import TYPE_CHECKING, TypeVar
+import traceback
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
 
-from .._errors import HypertunityError, TransportError
+from .._errors import HypertunityError, SubmitError, TransportError
 from . import report, shell
 from .accounting import Accounting
 from .arbiter import Arbiter
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 E = TypeVar("E", bound=Exception)
 
 _LOG = logging.getLogger("aiohypertunity.slurm")
+
+
+class _Part(Protocol):
+    async def run(self) -> None: ...
 
 
 class SlurmExecutor:
@@ -150,14 +155,35 @@ class SlurmExecutor:
         try:
             async with anyio.create_task_group() as group:
                 for part in self._parts:
-                    group.start_soon(part.run)
+                    group.start_soon(self._run, part)
         except* TransportError as errors:
             # The host doesn't let us in any more, say. The next job may try it again.
             self._fail_all(_first(errors))
         except* Exception as errors:
             # A fault of ours must not leave anybody waiting.
             _LOG.exception("the Slurm executor has failed")
-            self._fail_all(TransportError(f"the Slurm executor has failed: {_first(errors)!r}"))
+            for element in self._state.unfinished:
+                self._state.let_go(element, report.fault(element.entry.job, _first(errors)))
+            self._state.queue.clear()
+
+    async def _run(self, part: _Part) -> None:
+        """Run a part, and again after a fault that concerns no job; not after the same one twice.
+
+        What it works on is in the state, so nothing is lost with the loop that failed.
+        """
+        known: set[tuple[str, int]] = set()
+        while True:
+            try:
+                await part.run()
+            except* (SubmitError, TransportError):
+                raise
+            except* Exception as errors:
+                place = _place(_first(errors))
+                if place in known:
+                    raise
+                known.add(place)
+                _LOG.exception("a part of the Slurm executor has failed, and begins anew")
+                self._state.wake()
 
     def _fail_all(self, error: TransportError) -> None:
         for element in self._state.unfinished:
@@ -168,6 +194,12 @@ class SlurmExecutor:
         """Those that wait, wait for the link."""
         waiting = [e for e in self._state.unfinished if not e.claims]
         self._state.say_pending(waiting, why)
+
+
+def _place(error: Exception) -> tuple[str, int]:
+    """Return the file and line in which an exception was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.filename, last.lineno or 0
 
 
 def _first(errors: ExceptionGroup[E]) -> E:

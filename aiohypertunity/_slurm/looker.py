@@ -62,7 +62,7 @@ class Looker:
             at = next_look(self._state.mood, last, now)
             if self._cluster.host is not None and self._state.mood.urgent_since is None:
                 at += at - last  # across a link each look is nine messages
-            at = max(at, self._cluster.budget.ready(2, now))
+            at = max(at, self._cluster.budget.look_at(last, now))
             if at <= now:
                 return
             self._state.look_now.clear()
@@ -77,11 +77,14 @@ class Looker:
             for element in submission.elements:
                 key = element.key
                 seen = None if key is None else found.get(key)
-                if seen is not None and seen.submission == submission.token:
-                    self._take_seen(element, seen, began)
-                elif not element.done:
-                    element.missed(began, siblings=key is not None and key[0] in listed)
-                    self._state.suspect(element)
+                try:
+                    if seen is not None and seen.submission == submission.token:
+                        self._take_seen(element, seen, began)
+                    elif not element.done:
+                        element.missed(began, siblings=key is not None and key[0] in listed)
+                        self._state.suspect(element)
+                except Exception as error:  # a fault of ours is this element's alone
+                    self._state.fault([element], error)
             await asyncio.sleep(0)  # thousands of elements are looked through in steps
 
     def _take_seen(self, element: Element, seen: text.Seen, began: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import faulthandler
 import math
 import os
@@ -47,17 +48,24 @@ def main(directory: str, index: str, key: str, mark: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         # Line by line, so that the last words of a process that is killed are there to be read.
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
-    kind, blob, files = _run(directory, int(index), _Buffers(directory, os.path.basename(key)))
+    buffers = _Buffers(directory, os.path.basename(key))
+    pid = os.getpid()
+    kind, blob, files = _run(directory, int(index), buffers)
+    if os.getpid() != pid:
+        os._exit(0)  # a child that the call forked, and that came back: the result is its parent's
     code = 0 if kind == _payload.VALUE else 1
     facts = _facts(started)
-    sizes = tuple((name, os.path.getsize(f"{directory}/{name}")) for name in files)
     try:
+        if buffers.error is not None:
+            raise buffers.error
+        sizes = tuple((name, os.path.getsize(f"{directory}/{name}")) for name in files)
         pieces = spool.format_result(spool.Reply(kind, blob, sizes, facts))
         spool.write_whole(f"{key}.result", f"{directory}/new.{os.path.basename(key)}", pieces)
     except OSError as error:
         with contextlib.suppress(OSError):
             sys.stderr.write(f"aiohypertunity: the result can't be written: {error}\n")
-        code = spool.SPOOL_FAILED
+        is_full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        code = spool.SPOOL_FULL if is_full else spool.SPOOL_FAILED
     answered.set()
     _exit(code)
 
@@ -82,18 +90,27 @@ def _guard(parent: int, directory: str, index: str, mark: str, answered: threadi
 
 
 class _Buffers:
-    """Stores the large buffers of a result beside it."""
+    """Storage of the large buffers of a result, beside it.
+
+    Attributes:
+        error: Why one of them cannot be written.
+    """
 
     def __init__(self, directory: str, key: str) -> None:
         self._directory = directory
         self._key = key
         self._n_written = 0
+        self.error: OSError | None = None
 
     def __call__(self, buffer: memoryview) -> str:
         name = f"buffer.{self._key}.{self._n_written}"
         self._n_written += 1
         path = f"{self._directory}/{name}"
-        spool.write_whole(path, f"{path}.tmp", [buffer])  # type: ignore[list-item]  # is bytes to it
+        try:
+            spool.write_whole(path, f"{path}.tmp", [buffer])  # type: ignore[list-item]  # is bytes to it
+        except OSError as error:
+            self.error = error
+            raise
         return name
 
 

@@ -13,6 +13,13 @@ URGENT, BUSY, QUIET = 0.3, 2.0, 15.0
 
 _LONGEST = 60.0
 
+LOOK = 2
+"""RPCs that a look costs: squeue asks for the jobs and for the partitions."""
+
+_FLOOR = 2.0
+"""Seconds after which a look is taken whatever submissions have spent: an array costs one RPC, so
+100 of them overdraw a bucket of 30 by more than a minute. One look in 2 s is one RPC a second."""
+
 
 class Mood(NamedTuple):
     """What there is to look for.
@@ -51,6 +58,8 @@ def next_look(mood: Mood, last: float, now: float) -> float:
 class Budget:
     """RPCs that may be spent: a bucket, as slurmctld keeps one for each user.
 
+    Submissions and cancels never wait for it, and may overdraw it; looks wait, but only for so long.
+
     Args:
         a_minute: How many flow in.
         burst: How many it holds.
@@ -71,6 +80,15 @@ class Budget:
         """When there will be so much."""
         lacking = amount - self._level(now)
         return now if lacking <= 0 else now + lacking / self._rate
+
+    def look_at(self, last: float, now: float) -> float:
+        """Return when a look may be paid for.
+
+        Args:
+            last: When the last look began.
+            now: The present.
+        """
+        return min(self.ready(LOOK, now), max(last + _FLOOR, now))
 
     def _level(self, now: float) -> float:
         return min(self._burst, self._left + max(0.0, now - self._at) * self._rate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import os
@@ -100,10 +99,21 @@ class Reader:
                     await asyncio.sleep(BREATH)
                     for element, fate in batch:
                         self._conclude_unread(element, fate, str(error))
+                except Exception as error:  # a fault of ours
+                    self._isolate(batch, error)
                 await self.flush_garbage()
 
+    def _isolate(self, batch: Sequence[tuple[Element, Fate]], error: Exception) -> None:
+        """Fail the element at which reading failed; of several, find it by reading them one by one."""
+        left = [pair for pair in batch if not pair[0].done]
+        if len(left) > 1:
+            self._n_at_once = 1
+            self._state.endings[:0] = left
+        else:
+            self._state.fault((element for element, _ in left), error)
+
     async def _read(self, batch: Sequence[tuple[Element, Fate]]) -> None:
-        batch = await self._confirm(batch)
+        batch = await self._confirm([pair for pair in batch if not pair[0].done])
         lost = {e for e, fate in batch if fate is Fate.NODE and e.claims and not e.stopped}
         if lost:
             self._lost.start_soon(self._stop, lost)
@@ -164,20 +174,27 @@ class Reader:
 
         Those that are to be tried again are waited for, as far as that has a bound: nothing runs twice.
         """
-        with contextlib.suppress(TransportError):
-            for submission in _submissions(elements):
-                indices = [e.index for e in elements if e.submission is submission]
-                command = shell.stop(submission.directory, indices)
-                await self._cluster.through(functools.partial(self._cluster.shell, command))
-            until = self._cluster.now() + _LAST_WORD
-            again = [e for e in elements if e.entry.retries_left]
-            while any(e.end is None for e in again) and self._cluster.now() < until:
-                await asyncio.sleep(_PAUSE)
-                await self._cluster.through(functools.partial(self._list, again))
+        try:
+            await self._await_stop(elements)
+        except TransportError:
+            pass
+        except Exception as error:  # a fault of ours is these elements' alone
+            self._state.fault(elements, error)
         for element in elements:
             element.stopped = True
             self._state.endings.append((element, Fate.NODE))
         self._state.ended.set()
+
+    async def _await_stop(self, elements: Collection[Element]) -> None:
+        for submission in _submissions(elements):
+            indices = [e.index for e in elements if e.submission is submission]
+            command = shell.stop(submission.directory, indices)
+            await self._cluster.through(functools.partial(self._cluster.shell, command))
+        until = self._cluster.now() + _LAST_WORD
+        again = [e for e in elements if e.entry.retries_left]
+        while any(e.end is None for e in again) and self._cluster.now() < until:
+            await asyncio.sleep(_PAUSE)
+            await self._cluster.through(functools.partial(self._list, again))
 
     async def _conclude(
         self,
@@ -206,6 +223,8 @@ class Reader:
         self._finish(element, outcome, ending)
 
     def _finish(self, element: Element, outcome: Outcome, ending: report.Ending) -> None:
+        if element.done:  # it was given up while it was read
+            return
         outcome.slurm_id = element.slurm_id
         outcome.stdout = ending.log
         if outcome.started_at is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ from .._errors import (
     JobTimeout,
     NodeFailed,
     OutOfMemory,
+    RemoteTraceback,
     ResultLost,
     SubmitError,
     TransportError,
 )
+from .._payload import described
 from .._results import Outcome, Status
 from .options import sbatch_options, seconds
 from .text import ENDED
@@ -103,6 +106,18 @@ def report(job: Job[Any], fate: Fate, ending: Ending) -> Outcome:
 def refused(error: SubmitError | TransportError) -> Outcome:
     """The outcome of a job that can't be brought to Slurm."""
     return Outcome(Status.FAILED, error=error)
+
+
+def fault(job: Job[Any], error: Exception) -> Outcome:
+    """Return the outcome of a job at which the executor itself failed."""
+    said = described(error)
+    failed = TransportError(
+        f"the Slurm executor failed at {_failures.name(job)}: {said}: "
+        "this is a defect of aiohypertunity, please report it with this traceback"
+    )
+    text = "".join(traceback.format_exception(error)).rstrip()
+    failed.__cause__ = RemoteTraceback(text)
+    return refused(failed)
 
 
 def waited_too_long(job: Job[Any], reason: str, slurm_id: str | None) -> Outcome:

@@ -26,8 +26,11 @@ _RESULT_MAGIC = b"aiohypertunity result 1\n"
 _SPAN = struct.Struct("<QQ")
 _SUMS = struct.Struct("<IQQ")
 
-SPOOL_FAILED = 76
-"""What a node's Python exits with when it can't write a result."""
+SPOOL_FAILED, SPOOL_FULL = 76, 79
+"""Exit codes of a node's Python that cannot write a result; the second for lack of space.
+
+The log cannot be relied on to say so: it is on the same disk.
+"""
 
 
 class BadFile(Exception):

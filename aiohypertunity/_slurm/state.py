@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import TYPE_CHECKING
 
 from .. import _failures
 from .._results import Outcome, Status
-from . import text
+from . import report, text
 from .pace import Mood
 from .queue import Queue
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .cluster import Cluster
     from .elements import Element, Submission
     from .verdict import Fate
+
+_LOG = logging.getLogger("aiohypertunity.slurm")
 
 
 class State:
@@ -103,6 +106,21 @@ class State:
     def forget(self, submission: Submission) -> None:
         """Nothing will come of it; its directory goes with the run's."""
         self.submissions.pop(submission.name, None)
+
+    def fault(self, elements: Iterable[Element], error: Exception) -> None:
+        """Fail the elements at which the executor itself has failed, and no others.
+
+        Slurm is told to end them, since they may still run.
+        """
+        _LOG.error("the Slurm executor has failed at a job", exc_info=error)
+        for element in elements:
+            if not element.done:
+                self.let_go(element, report.fault(element.entry.job, error))
+
+    def wake(self) -> None:
+        """Have all loops look at what there is: one of them has begun anew."""
+        for event in (self.queued, self.suspected, self.ended, self.cancelling, self.look_now):
+            event.set()
 
     def finish_unstarted(self, element: Element) -> None:
         """It was cancelled before Slurm had it."""

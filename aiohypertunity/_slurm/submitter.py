@@ -117,6 +117,14 @@ class Submitter:
         return isinstance(job.target, ScriptRef), options
 
     async def _submit(self, group: list[Element]) -> None:
+        try:
+            await self._put_and_try(group)
+        except (SubmitError, TransportError):
+            raise
+        except Exception as error:  # a fault of ours is this array's alone
+            self._state.fault(group, error)
+
+    async def _put_and_try(self, group: list[Element]) -> None:
         self._n_submissions += 1
         submission = Submission(
             self._n_submissions, self._cluster.run, self._cluster.directory, group
@@ -175,7 +183,12 @@ class Submitter:
 
     async def _try_later(self, submission: Submission, n_tries: int, pause: float) -> None:
         await asyncio.sleep(pause)
-        await self._try(submission, n_tries)
+        try:
+            await self._try(submission, n_tries)
+        except (SubmitError, TransportError):
+            raise
+        except Exception as error:  # a fault of ours is this array's alone
+            self._state.fault(submission.elements, error)
 
     def _is_hopeless(self, refusal: str) -> bool:
         """Whether it's no use to wait. Slurm says that it has enough of our jobs also of a job that can never be."""

@@ -191,9 +191,9 @@ def account_command(arrays: Iterable[str], since: str) -> str:
     """
     fields = "JobID,JobName,State,ExitCode,NodeList,MaxRSS"
     ids = ",".join(arrays)
-    return (
-        f"sacct --noheader --parsable2 --array --starttime={since} --jobs={ids} --format={fields}"
-    )
+    # Not --array, which Slurm 22.05 doesn't know: elements that have started are listed one by one
+    # without it, and a range of waiting ones is understood.
+    return f"sacct --noheader --parsable2 --starttime={since} --jobs={ids} --format={fields}"
 
 
 class Accounted(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from .spool import SPOOL_FAILED
+from .spool import SPOOL_FAILED, SPOOL_FULL
 from .text import ENDED, WAITING, Accounted
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _by_end(facts: Facts, end: Sign, now: float) -> Fate:
         return Fate.READ
     if now < facts.end_at + SETTLE and not facts.is_script:
         return Fate.WAIT
-    if end.code == SPOOL_FAILED and not facts.is_script:
+    if end.code in {SPOOL_FAILED, SPOOL_FULL} and not facts.is_script:
         return Fate.LOST
     if facts.ours:
         return Fate.CANCELLED

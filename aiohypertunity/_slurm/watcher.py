@@ -80,8 +80,11 @@ class Watcher:
         for sign in sorted(signs, key=lambda sign: _ORDER[sign.kind]):
             if sign.element < len(submission.elements):  # else it's somebody else's file
                 element = submission.elements[sign.element]
-                if not element.done:
-                    self._take_sign(element, sign)
+                try:
+                    if not element.done:
+                        self._take_sign(element, sign)
+                except Exception as error:  # a fault of ours is this element's alone
+                    self._state.fault([element], error)
 
     def _take_sign(self, element: Element, sign: shell.Sign) -> None:
         now = self._cluster.now()
