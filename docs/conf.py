@@ -34,14 +34,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-# References to other projects would need their inventories, and so a network, at each build. References
-# within this package are checked.
-nitpick_ignore_regex = [(r"py:.*", r"(?!aiohypertunity\b).*")]
-
-for _name in aiohypertunity.__all__:  # the public names are documented where they are public
-    _value = getattr(aiohypertunity, _name)
-    if isinstance(_value, type):
-        _value.__module__ = "aiohypertunity"
+# Types of other projects: their inventories would need a network at each build.
+nitpick_ignore = [("py:class", "Path"), ("py:class", "T")]
 
 
 def insert_figures(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -74,6 +68,13 @@ def figure_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def name_bases(_app: Sphinx, _name: str, _value: type, _options: object, bases: list[Any]) -> None:
+    """Name base classes as users import them, not by the module in which they are defined."""
+    public = {getattr(aiohypertunity, name): name for name in aiohypertunity.__all__}
+    bases[:] = [f":py:class:`{public[b]}`" if b in public else b for b in bases]
+
+
 def setup(app: Sphinx) -> None:
-    """Connect the hook that fills in the figures."""
+    """Connect the hooks."""
     app.connect("source-read", insert_figures)
+    app.connect("autodoc-process-bases", name_bases)
