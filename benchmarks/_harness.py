@@ -140,9 +140,9 @@ class Runs:
         return Row(
             figure=figure,
             ours=amount(ours[1], unit),
-            against="; ".join(against) or "itself",
+            against="; ".join(against) or "-",
             ratio=ratio,
-            must_be=f"{must} {amount(bound, '' if of_ratio else unit)}{' of it' if of_ratio else ''}",
+            must_be=f"{must} {amount(bound, '' if of_ratio else unit)}{' of the best other' if of_ratio else ''}",
             met=None if held is None else bool(_COMPARISONS[must](held, bound)),
             runs=self.of(key),
         )

@@ -218,7 +218,7 @@ def test_commands(command):
         case ["pip", "install", *what]:
             groups = {b for a, b in zip(what, what[1:], strict=False) if a == "--group"}
             assert groups <= set(project["dependency-groups"])
-            names = {"aiohypertunity", "nox", ".", "--editable", "--group"}
+            names = {"aiohypertunity", "nox", "pip", ".", "--editable", "--group", "--upgrade"}
             assert set(what) - groups <= names
         case ["python", "-m", "venv", ".venv"] | [".", ".venv/bin/activate"]:
             pass
