@@ -19,7 +19,7 @@ import nbclient
 import nbformat
 import pytest
 from slurm_kit import needs_slurm
-from ssh_kit import cluster, node, python_for_all  # noqa: F401 - fixtures
+from ssh_kit import cluster, node, python_for_all, use_alias  # noqa: F401 - fixtures
 
 import aiohypertunity
 
@@ -134,26 +134,10 @@ def test_slurm(block, tmp_path, cluster, monkeypatch):
     assert not list(tmp_path.glob(".aiohypertunity/*"))
 
 
-def use_alias(directory: Path, node, monkeypatch) -> None:
-    """Makes `login.example.edu` a name of the tests' login node, as users have it."""
-    settings = directory / ".ssh" / "config"
-    settings.parent.mkdir()
-    settings.write_text(
-        f"""
-        Host login.example.edu
-            HostName {node.host}
-            Port {node.port}
-            IdentityFile {node.client_key}
-            UserKnownHostsFile {node.known_hosts}
-        """
-    )
-    monkeypatch.setenv("HOME", str(directory))
-
-
 @pytest.mark.parametrize("block", of_kind("ssh", marks=needs_slurm))
 def test_ssh(block, tmp_path, cluster, node, monkeypatch):
     """What a page does over SSH works on a real login node."""
-    use_alias(tmp_path, node, monkeypatch)
+    use_alias(node, tmp_path, monkeypatch)
     program = block.program.replace("me@login", f"{node.user}@login")
     run(program.replace("/home/me/venv/bin/python", python_for_all(cluster)), tmp_path)
 
@@ -245,7 +229,7 @@ def test_doctor(command, _, tmp_path, cluster, node, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     words = [word.replace("me@login", f"{node.user}@login") for word in command[1:]]
     if "--host" in words:
-        use_alias(tmp_path, node, monkeypatch)
+        use_alias(node, tmp_path, monkeypatch)
         words += ["--python", python_for_all(cluster)]
     env = os.environ | cluster.env
     done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)

@@ -16,8 +16,7 @@ import nbformat
 import pytest
 from slurm_cluster import free_ports
 from slurm_kit import needs_slurm
-from ssh_kit import cluster, node, python_for_all  # noqa: F401 - fixtures
-from test_docs import use_alias
+from ssh_kit import cluster, node, python_for_all, use_alias  # noqa: F401 - fixtures
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -69,7 +68,7 @@ def test_slurm(_, tmp_path, cluster, monkeypatch):
 @pytest.mark.parametrize("_", [pytest.param(None, marks=needs_slurm)], ids=[""])
 def test_ssh(_, tmp_path, cluster, node, monkeypatch):
     """Over a real SSH connection, too; the events are shown."""
-    use_alias(tmp_path, node, monkeypatch)
+    use_alias(node, tmp_path, monkeypatch)
     said = run(tmp_path, "ssh", f"{node.user}@login.example.edu", python_for_all(cluster))
     assert said.count(" started\n") == 3
     assert len(said.splitlines()) >= 6
