@@ -98,7 +98,12 @@ async def served() -> AsyncIterator[httpx.AsyncClient]:
             yield client
     finally:
         server.terminate()
-        await server.wait()
+        try:
+            async with asyncio.timeout(20):
+                await server.wait()
+        except TimeoutError:  # it waits for a request that is not answered: the test has failed
+            server.kill()
+            await server.wait()
 
 
 @pytest.mark.anyio
