@@ -88,6 +88,14 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into build/docs; a warning is an error."""
+    session.install("-e.", *nox.project.dependency_groups(PROJECT, "docs"))
+    options = ("-W", "--keep-going", "-n", "-E", "-b", "html")
+    session.run("sphinx-build", *options, "docs", "build/docs", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))

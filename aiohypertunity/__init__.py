@@ -1,4 +1,4 @@
-"""An asyncio-native scheduler: one `async for` over every job you have.
+"""An asyncio-native scheduler for functions, scripts and Slurm jobs.
 
     import asyncio
     import aiohypertunity as ht
@@ -11,34 +11,34 @@
 
     asyncio.run(main())
 
-What to run is a `Job` or a `SlurmJob`; a `Scheduler` runs it and gives back a `Result`. From the top:
+What to run is a `Job` or a `SlurmJob`; a `Scheduler` runs it and delivers a `Result`. From the top:
 
-    _errors      what can go wrong
-    _results     what came back
-    _events      what happens meanwhile
-    _jobs        what to run
-    _ledger      rules: who waits, runs, is done; who gets which result
-    _payload     both ends of a call, whatever lies between them
-    _failures    what a job's error says
-    _calls       calls as they are at dispatch
-    _threads     blocking work of ours
-    _guardian    nothing outlives us
-    _rundir      what a scheduler has on this machine
+    _errors      the exceptions
+    _results     results of jobs
+    _events      events of a scheduler
+    _jobs        descriptions of what to run
+    _ledger      rules: allocation of slots, order of starts, delivery of results
+    _payload     both ends of a call, on any side of a process boundary
+    _failures    error messages of jobs
+    _calls       calls, packed at dispatch
+    _threads     threads for blocking work
+    _guardian    ends the processes of a run whose driver is gone
+    _rundir      the directories of a scheduler on this machine
     _worker_main, _capture, _workers, _callables, _joblib
-                 callables: in isolated workers, or through a joblib backend
-    _scripts     scripts as asyncio subprocesses
-    _inline      a job run here and now
+                 callables, in isolated workers or through a joblib backend
+    _scripts     scripts, as asyncio subprocesses
+    _inline      a job run in the calling thread
     _address, _transports, _ssh, _slurm
                  Slurm jobs
     _handles, _map, _streams
-                 what a user holds of a scheduler
+                 the objects that a scheduler returns
     _scheduler   the only owner of tasks
     sync         the blocking twin
     _doctor, __main__
                  `python -m aiohypertunity doctor`
 
-A module imports only from those above it. Everything is imported when it's first used, since a program
-that only wants to make jobs, or a worker that only runs them, needs little of this.
+A module imports only from those above it. Each is imported on first use, because a program that
+only makes jobs, or a worker that only runs them, needs little of the package.
 """
 
 from __future__ import annotations

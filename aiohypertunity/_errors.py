@@ -1,22 +1,23 @@
-"""Every error of this package, under one root.
+"""The exceptions of this package, under one root.
 
     HypertunityError
-    ├── JobError                 one job's; carries .job
-    │   ├── JobFailed            raised, or exited non-zero; the original exception is its cause
-    │   ├── JobCrashed           its process died: signal or exit code, last lines of output
-    │   │   ├── OutOfMemory      killed for memory, with what was asked and used where known
+    ├── JobError                 concerns one job, which is its .job
+    │   ├── JobFailed            the task raised, or the script exited non-zero
+    │   ├── JobCrashed           the process died
+    │   │   ├── OutOfMemory      killed for the memory it used
     │   │   └── NodeFailed       Slurm lost the node
     │   ├── JobTimeout           ran longer than its timeout (also a TimeoutError)
     │   ├── JobCancelled
-    │   ├── ResultLost           ended well by every sign, but left no readable result
-    │   └── PayloadError         the call, or what it returned, can't be pickled; names the part
+    │   ├── ResultLost           every sign says success, but there is no readable result
+    │   └── PayloadError         the call, result or exception cannot be pickled
     ├── CollectTimeout           also a TimeoutError
     ├── NotEnoughJobs            asked for more results than can come
-    ├── SubmitError              sbatch said no; carries its words
-    └── TransportError           SSH or the local shell
+    ├── SubmitError              sbatch refused a submission
+    └── TransportError           SSH or the local shell failed
 
-A job's error is a value: it arrives in `Result.error` and is raised only by `Result.data`.
-Misuse (a wrong type, an impossible request) is a plain `TypeError`, `ValueError` or `RuntimeError`.
+The error of a job is a value: it is in `Result.error`, and only reading `Result.data` raises it.
+Misuse (an argument of a wrong type, an impossible request) raises a plain `TypeError`, `ValueError`
+or `RuntimeError`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class HypertunityError(Exception):
-    """The root: `except HypertunityError` catches whatever this package raises of its own."""
+    """Base class of all exceptions that this package defines."""
 
     def __copy__(self) -> HypertunityError:
         cause = self.__cause__
@@ -78,16 +79,16 @@ def _rebuild(
 
 
 def set_cause(error: BaseException, cause: BaseException | None) -> None:
-    """`error.__cause__ = cause`, also for an exception that is a frozen dataclass."""
+    """Set `error.__cause__`, also of an exception that is a frozen dataclass."""
     descriptor: Any = vars(BaseException)["__cause__"]
     descriptor.__set__(error, cause)
 
 
 class JobError(HypertunityError):
-    """Something happened to one job.
+    """Base class of the errors of one job.
 
     Attributes:
-        job: The job it happened to.
+        job: The job that the error concerns.
     """
 
     def __init__(self, message: str, *, job: Job[Any] | None = None) -> None:
@@ -96,12 +97,13 @@ class JobError(HypertunityError):
 
 
 class JobFailed(JobError):
-    """The task raised, or the script exited non-zero.
+    """A failure of the task: it raised an exception, or the script exited with a code other than 0.
 
-    For a callable `__cause__` is the exception it raised, whose own cause is the remote traceback.
+    For a callable, `__cause__` is the exception that it raised; the cause of that is the remote
+    traceback.
 
     Attributes:
-        exit_code: A script's exit code; None for a callable.
+        exit_code: The exit code of a script; None for a callable.
     """
 
     def __init__(
@@ -112,11 +114,11 @@ class JobFailed(JobError):
 
 
 class JobCrashed(JobError):
-    """The job's process died under it.
+    """A death of the job's process: by a signal, or by an exit in the middle of the job.
 
     Attributes:
-        exit_code: What it exited with, where it exited; else None.
-        signal: The number of the signal that killed it, where one did; else None.
+        exit_code: The exit code of the process if it exited; otherwise None.
+        signal: The number of the signal that killed it; otherwise None.
     """
 
     def __init__(
@@ -133,30 +135,30 @@ class JobCrashed(JobError):
 
 
 class OutOfMemory(JobCrashed):
-    """The kernel or Slurm killed the job for the memory it used."""
+    """A job that the kernel or Slurm killed because of the memory it used."""
 
 
 class NodeFailed(JobCrashed):
-    """Slurm lost the node on which the job ran."""
+    """A job whose node Slurm lost."""
 
 
 class JobTimeout(JobError, TimeoutError):
-    """The job ran longer than its timeout, and was ended."""
+    """A job that ran longer than its timeout and was ended."""
 
 
 class JobCancelled(JobError):
-    """The job was cancelled, by us or from outside."""
+    """A job that was cancelled, by the program or from outside."""
 
 
 class ResultLost(JobError):
-    """By every sign the job ended well, but no readable result of it was found."""
+    """A job that succeeded by every sign, but left no readable result."""
 
 
 class PayloadError(JobError):
-    """The call, what it returned or what it raised can't be pickled or unpickled.
+    """A call, return value or exception that cannot be pickled or unpickled.
 
     Attributes:
-        part: Which part of it, in words: "argument 2", "the return value", ...
+        part: The name of the part: "argument 2", "the return value", ...
     """
 
     def __init__(self, message: str, *, job: Job[Any] | None = None, part: str = "") -> None:
@@ -165,11 +167,11 @@ class PayloadError(JobError):
 
 
 class CollectTimeout(HypertunityError, TimeoutError):
-    """`collect` waited as long as it was told to. Nothing is lost: collect again.
+    """The end of a `timeout` or `deadline` of `collect`. No result is lost: collect again.
 
     Attributes:
-        n_collected: How many results this collector delivered before.
-        pending: The jobs that it still waits for.
+        n_collected: The number of results that this collector delivered before.
+        pending: The jobs for which it still waits.
     """
 
     def __init__(
@@ -181,10 +183,10 @@ class CollectTimeout(HypertunityError, TimeoutError):
 
 
 class NotEnoughJobs(HypertunityError):
-    """`collect` was asked for more results than there are jobs left to give one.
+    """A `collect` of more results than the remaining jobs can give.
 
     Attributes:
-        n_collected: How many results this collector delivered before.
+        n_collected: The number of results that this collector delivered before.
     """
 
     def __init__(self, message: str, *, n_collected: int = 0) -> None:
@@ -193,17 +195,17 @@ class NotEnoughJobs(HypertunityError):
 
 
 class SubmitError(HypertunityError):
-    """`sbatch` refused a submission; the message carries its words."""
+    """A submission that `sbatch` refused, with its message."""
 
 
 class TransportError(HypertunityError):
-    """A command could not be run, or a file not be moved, over SSH or the local shell."""
+    """A command that did not run, or a file that did not arrive, over SSH or the local shell."""
 
 
 class RemoteTraceback(Exception):
     """The traceback of an exception, as text, from the process in which it was raised.
 
-    It is the cause of that exception, so that a printed traceback shows both ends.
+    A `RemoteTraceback` is the cause of that exception, so that a printed traceback shows both ends.
     """
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What happens in a scheduler, as typed values for `Scheduler.events()`."""
+"""Events of a scheduler, the typed items of `Scheduler.events()`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """A job was dispatched.
+    """The dispatch of a job.
 
     Attributes:
-        at: When, in seconds since the epoch (as in every event).
+        job: The job.
+        at: The time, in seconds since the epoch, as in every event.
     """
 
     job: Job[Any]
@@ -25,10 +26,12 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A job began to run.
+    """The start of an attempt at a job.
 
     Attributes:
-        attempt: 1 for the first time.
+        job: The job.
+        at: The time, in seconds since the epoch.
+        attempt: The number of the attempt, from 1.
     """
 
     job: Job[Any]
@@ -38,11 +41,13 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """An attempt ended badly, and the job waits for another.
+    """The end of an attempt that failed and is followed by another one.
 
     Attributes:
-        attempt: The attempt that ended.
-        error: How it ended.
+        job: The job.
+        at: The time, in seconds since the epoch.
+        attempt: The number of the attempt that ended.
+        error: The error with which it ended.
     """
 
     job: Job[Any]
@@ -53,7 +58,13 @@ class Retried:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A job is over: succeeded, failed, crashed or timed out."""
+    """The end of a job that succeeded, failed, crashed or timed out.
+
+    Attributes:
+        job: The job.
+        at: The time, in seconds since the epoch.
+        result: The result of the job.
+    """
 
     job: Job[Any]
     at: float
@@ -62,7 +73,13 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """A job was cancelled and is gone."""
+    """The end of a job that was cancelled.
+
+    Attributes:
+        job: The job.
+        at: The time, in seconds since the epoch.
+        result: The result of the job.
+    """
 
     job: Job[Any]
     at: float
@@ -71,10 +88,12 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class LinkDown:
-    """The connection to a cluster is lost; its jobs go on, and so do we once it's back.
+    """The loss of the connection to a cluster. Its jobs go on, and the scheduler connects again.
 
     Attributes:
-        reason: What was seen of it.
+        host: The name of the login node.
+        at: The time, in seconds since the epoch.
+        reason: A description of the failure.
     """
 
     host: str
@@ -84,7 +103,12 @@ class LinkDown:
 
 @dataclass(frozen=True, slots=True)
 class LinkUp:
-    """The connection to a cluster stands again."""
+    """A connection to a cluster that is established again.
+
+    Attributes:
+        host: The name of the login node.
+        at: The time, in seconds since the epoch.
+    """
 
     host: str
     at: float
@@ -92,10 +116,11 @@ class LinkUp:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """The reader of the events was too slow.
+    """A gap in the events: the reader was too slow.
 
     Attributes:
-        n_events: How many events were dropped at this place.
+        n_events: The number of events that were dropped at this place.
+        at: The time, in seconds since the epoch.
     """
 
     n_events: int
@@ -103,3 +128,4 @@ class Dropped:
 
 
 Event: TypeAlias = Queued | Started | Retried | Finished | Cancelled | LinkDown | LinkUp | Dropped
+"""Any event of a scheduler."""

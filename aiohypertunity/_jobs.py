@@ -1,9 +1,9 @@
-"""What to run: `Job` and `SlurmJob`, frozen, and wrong only where they are made.
+"""Descriptions of what to run: `Job` and `SlurmJob`, frozen and checked when they are made.
 
-A task is one of three things, told apart here once and for all:
+A task is one of three things, which are told apart here only:
 
 * a callable;
-* `"path/script.py:function"` or `"package.module:function"` (`::` does as well): a `FunctionRef`;
+* `"path/script.py:function"` or `"package.module:function"` (`::` works too): a `FunctionRef`;
 * the path of a script or program: a `ScriptRef`.
 """
 
@@ -37,7 +37,7 @@ T = TypeVar("T")
 Args: TypeAlias = "tuple[Any, ...] | dict[str, Any]"
 
 SLURM_ONLY = ("memory", "time")
-"""What a job asks of Slurm and of no scheduler, unless that was given a resource of this name."""
+"""Resources of Slurm jobs; a local job can ask only for those that its scheduler has."""
 
 _REMOTE = "remote:"
 _FUNCTION = re.compile(r"(?P<where>.+?)::?(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\Z")
@@ -49,9 +49,9 @@ class FunctionRef:
     """A function by name: in a file, or in an importable module.
 
     Attributes:
-        name: The function, dotted where it is an attribute of something.
-        path: The script that defines it, absolute; or None.
-        module: The module that defines it; or None.
+        name: The name of the function, dotted if it is an attribute of another object.
+        path: The absolute path of the script that defines it; or None.
+        module: The name of the module that defines it; or None.
     """
 
     name: str
@@ -64,9 +64,9 @@ class ScriptRef:
     """A script or program.
 
     Attributes:
-        path: Where it lies, absolute (on the cluster if `remote`).
-        binary: What runs it: an interpreter and its options; empty if it runs by itself.
-        remote: Whether it lies on the cluster and is used there as it is.
+        path: Its absolute path (on the cluster if `remote`).
+        binary: The interpreter and its options; empty if the script is executable.
+        remote: True if it is on the cluster and is used there in place.
     """
 
     path: str
@@ -89,10 +89,10 @@ def _next_id() -> int:
 
 
 def claim(jobs: Sequence[Job[Any]]) -> None:
-    """Notes that jobs are dispatched: each keeps its id until as many times `release` was called.
+    """Record that jobs are dispatched: each keeps its id until `release` was called as many times.
 
     Raises:
-        ValueError: One was finished before, and another has its id now. None is noted then.
+        ValueError: A job has finished before, and another one has its id now. Nothing is recorded.
     """
     with _registry:
         taken = []
@@ -110,7 +110,7 @@ def claim(jobs: Sequence[Job[Any]]) -> None:
 
 
 def release(job: Job[Any], n_dispatches: int = 1) -> None:
-    """Notes that a job is over, as often as it was dispatched: its id is free after the last."""
+    """Record that a job has finished `n_dispatches` times; its id is free after the last time."""
     with _registry:
         left = max(job.__dict__.get("_n_dispatches", 0) - n_dispatches, 0)
         job.__dict__["_n_dispatches"] = left
@@ -119,10 +119,10 @@ def release(job: Job[Any], n_dispatches: int = 1) -> None:
 
 
 def _take_names(job: Job[Any]) -> None:
-    """Has a job's id, and the file that it names for its result, belong to it.
+    """Reserve the id of a job, and the file that it names for its result.
 
     Raises:
-        ValueError: Another unfinished job has one of them. Nothing is taken then.
+        ValueError: Another unfinished job has one of them. Nothing is reserved.
     """
     output = job.__dict__.get("_output")
     if output is not None and (holder := _outputs.get(output, job)) is not job:
@@ -146,31 +146,33 @@ def _free_names(job: Job[Any]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Job(Generic[T]):
-    """A task and its arguments. Frozen, compared by identity, checked when it is made.
+    """A task and its arguments. Frozen, compared by identity, and checked when it is made.
 
     Args:
         task: A callable; `"path/script.py:function"` or `"package.module:function"` (`::` too);
-            or the path of a script or program. A relative path is relative to the directory in which the job
-            is made, not to `cwd`.
+            or the path of a script or program. A relative path is relative to the directory in
+            which the job is made, not to `cwd`.
         args: A tuple for positional arguments, a dict for named ones. A script gets a non-empty
-            tuple as `a b c OUTPUT`, a non-empty dict as `--key value ... --output_file OUTPUT` (a key
-            that starts with a dash is passed as it is), and nothing for no arguments. Each value is
-            passed as `str(value)`: True as `True`, None as `None`, a list as `[1, 2]`. There is no key
-            without a value: write such a flag into a tuple.
-        id: A number or a string; the next unused number if left out. No two unfinished jobs can have the
-            same: an id is in use until its job has run (each time it was dispatched) or is gone.
-        meta: `"binary"`: the interpreter of a script. `"output": "env"`: append no result path to a
-            script's arguments (it is always in `AIOHYPERTUNITY_OUTPUT_FILE`). `"resources"`: what the
-            job occupies, `{"cpu": 2, "gpu": 1}`: CPUs, and what `Scheduler(resources=...)` has. No other keys.
-        timeout: Seconds that one attempt may run; None for the scheduler's own.
-        retries: How many more attempts a failure, a crash or a timeout gets; None for the scheduler's own
-            number.
-        env: Environment variables on top of the present ones.
-        cwd: The directory to run in; the present one if None.
+            tuple as `a b c OUTPUT`, a non-empty dict as `--key value ... --output_file OUTPUT` (a
+            key that starts with a dash is passed as it is), and nothing if there are no arguments.
+            Each value is passed as `str(value)`: True as `True`, None as `None`, a list as
+            `[1, 2]`. To pass a flag without a value, use a tuple.
+        id: A number or a string; by default the next unused number. No two unfinished jobs can have
+            the same id. It is in use until the job has run (each time it was dispatched) or has
+            been garbage-collected.
+        meta: A dict with no other keys than these. `"binary"`: the interpreter of a script.
+            `"output": "env"`: append no output path to the arguments of a script (it is always in
+            `AIOHYPERTUNITY_OUTPUT_FILE`). `"resources"`: the CPUs, and the resources of
+            `Scheduler(resources=...)`, that the job occupies, such as `{"cpu": 2, "gpu": 1}`.
+        timeout: Seconds that one attempt may run; None for the default of the scheduler.
+        retries: The number of further attempts after a failure, a crash or a timeout; None for the
+            default of the scheduler.
+        env: Environment variables, in addition to the present ones.
+        cwd: The directory in which to run; the present one if None.
 
     Raises:
-        TypeError: An argument is of the wrong type, or doesn't fit the task's signature.
-        ValueError: An argument has an impossible value, or names something that isn't there.
+        TypeError: An argument is of the wrong type, or does not fit the signature of the task.
+        ValueError: An argument has an impossible value, or names something that does not exist.
     """
 
     task: Callable[..., T] | str | os.PathLike[str]
@@ -183,7 +185,7 @@ class Job(Generic[T]):
     cwd: str | os.PathLike[str] | None = field(default=None, kw_only=True)
 
     target: Callable[..., T] | FunctionRef | ScriptRef = field(init=False, repr=False)
-    """The task, told apart and with its paths made absolute."""
+    """The resolved task, with absolute paths."""
 
     def __post_init__(self) -> None:
         _check_args(self.args)
@@ -202,19 +204,19 @@ class Job(Generic[T]):
         self._register()
 
     def replace(self, **changes: Any) -> Job[T]:
-        """Another job like this one, with an id of its own.
+        """Return another job like this one, with a new id.
 
         Args:
-            **changes: Fields that differ, by name.
+            **changes: The arguments that differ, by name.
         """
         changes.setdefault("id", _next_id())
         return dataclasses.replace(self, **changes)
 
     def __call__(self) -> Result[T]:
-        """Runs the job here and now, and waits for it.
+        """Run the job without a scheduler, and return its result.
 
-        A callable runs in this very process and thread, as for a debugger: its `timeout` can't be
-        kept there. A script runs as it would under a scheduler.
+        A callable runs in the present process and thread, as is useful in a debugger; its `timeout`
+        is not enforced. A script runs as it would under a scheduler.
         """
         from ._inline import run_inline
 
@@ -277,7 +279,7 @@ class Job(Generic[T]):
                 ) from None
 
     def _named_output(self) -> str | None:
-        """The result path that the user named among the arguments of a script, absolute."""
+        """Return the absolute output path among the arguments of a script, or None."""
         if isinstance(self.target, ScriptRef) and isinstance(self.args, dict):
             for key, value in self.args.items():
                 if key.lstrip("-") == "output_file":
@@ -286,12 +288,12 @@ class Job(Generic[T]):
 
     @property
     def output_path(self) -> str | None:
-        """Where the user wants a script's result, absolute; None to leave it to us."""
+        """The absolute path that the user named for a script's result; None for a temporary one."""
         return self._named_output()
 
 
 class _Portable:
-    """A job's fields on their way into a pickle, by cloudpickle: a task may be a lambda."""
+    """The fields of a job in a pickle, by cloudpickle: a task may be a lambda."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state
@@ -312,14 +314,15 @@ def _restore(kind: type[Job[Any]], state: dict[str, Any]) -> Job[Any]:
 
 @dataclass(frozen=True, eq=False)
 class SlurmJob(Job[T]):
-    """A job for a Slurm cluster: a `Job` that knows some more.
+    """A job for a Slurm cluster. The arguments of `Job` apply; these differ or are new.
 
     Args:
         meta: `"binary"`; `"resources"`: `{"cpu": 4, "gpu": "a100:1", "memory": "8G",
-            "time": "1:00:00"}` (cpus a task, GPUs, memory a node, time limit); `"options"`: any other
-            `sbatch` option, by its long name without dashes.
-        output_file: Where a script writes its result, and where it stays; in the spool if None.
-        queue_timeout: Seconds that it may wait for its turn; None for as long as it takes.
+            "time": "1:00:00"}` (CPUs per task, GPUs, memory per node, time limit); `"options"`: any
+            other `sbatch` option, by its long name without dashes.
+        output_file: The path to which a script writes its result, and where the file stays; by
+            default a temporary file in the work directory.
+        queue_timeout: Seconds that the job may wait for its turn; None for no limit.
     """
 
     output_file: str | os.PathLike[str] | None = field(default=None, kw_only=True)
@@ -386,7 +389,7 @@ def _check_local_resources(resources: Mapping[str, Any]) -> None:
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Raises unless `value` is None or a number of seconds above 0."""
+    """Raise unless `value` is None or a number of seconds above 0."""
     if value is None:
         return
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -396,7 +399,7 @@ def check_seconds(name: str, value: object) -> None:
 
 
 def check_retries(value: object) -> None:
-    """Raises unless `value` is a whole number, 0 or more."""
+    """Raise unless `value` is a whole number, 0 or more."""
     if type(value) is not int or value < 0:
         raise ValueError(f"retries={value!r}: must be a whole number, 0 or more")
 
@@ -412,7 +415,7 @@ def _check_env(env: Mapping[str, str]) -> None:
 
 
 def _can_be_passed(text: str) -> bool:
-    """Whether a process can be given this word."""
+    """Return True if a process can be given this word."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -420,7 +423,7 @@ def _can_be_passed(text: str) -> bool:
 
 
 def _check_words(args: Args) -> None:
-    """The arguments of a script become words of a command line."""
+    """Raise if an argument of a script cannot become a word of a command line."""
     for key, value in args.items() if isinstance(args, dict) else enumerate(args):
         word = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
         if not _can_be_passed(f"{key}{word}"):
@@ -449,7 +452,7 @@ def _check_signature(function: Callable[..., Any], args: Args) -> None:
 
 
 def _misnamed(signature: inspect.Signature, args: Args) -> str:
-    """Which names among `args` a signature doesn't have, and what may be meant."""
+    """Name the arguments that a signature does not have, and those that may be meant."""
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     if not isinstance(args, dict) or inspect.Parameter.VAR_KEYWORD in kinds:
         return ""
@@ -462,7 +465,7 @@ def _misnamed(signature: inspect.Signature, args: Args) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """What `word` may be a misspelling of, as the end of a message; empty if it's like none of `known`."""
+    """Return the end of a message: the name that `word` may be meant to be; empty if there is none."""
     import difflib
 
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
@@ -470,7 +473,7 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 class _Signature(NamedTuple):
-    """A signature, and how many positional arguments are surely right."""
+    """A signature, and the numbers of positional arguments that certainly fit it."""
 
     full: inspect.Signature
     least: int
@@ -498,7 +501,7 @@ _signatures: weakref.WeakKeyDictionary[Callable[..., Any], _Signature | None] = 
 
 
 def _signature(function: Callable[..., Any]) -> _Signature | None:
-    """The signature of a callable, where it has one that can be seen."""
+    """Return the signature of a callable, or None if it cannot be determined."""
     try:
         return _signatures[function]
     except (TypeError, KeyError):
@@ -517,16 +520,17 @@ def resolve(
     binary: object = None,
     cwd: str | os.PathLike[str] | None = None,
 ) -> Callable[..., T] | FunctionRef | ScriptRef:
-    """Tells apart what a task is.
+    """Return a task as a callable, a `FunctionRef` or a `ScriptRef`.
 
     Args:
-        task: What a `Job` was given.
+        task: The task of a `Job`.
         binary: The interpreter that was named for it.
-        cwd: Where it will run. No script is looked for there, but one that is there is told of.
+        cwd: The directory in which it will run. Scripts are not looked up there, but the error
+            mentions one that is there.
 
     Raises:
-        TypeError: It is none of the three.
-        ValueError: It names something that isn't there.
+        TypeError: The task is none of the three.
+        ValueError: The task names something that does not exist.
     """
     if callable(task):
         return task
@@ -559,7 +563,7 @@ def _resolve_remote(task: str, binary: object) -> FunctionRef | ScriptRef:
 
 
 def _no_script(task: str, where: str, cwd: str | os.PathLike[str] | None) -> ValueError:
-    """The error for a task that names the script `where`, which isn't there."""
+    """Return the error for a task that names a script `where` that does not exist."""
     message = f"task={task!r}: there is no script {os.path.abspath(where)}"
     there = os.path.join(cwd or "", where)
     if os.path.isfile(there):
@@ -605,10 +609,10 @@ def _resolve_in_module(task: str, module: str, name: str) -> FunctionRef:
 
 @functools.lru_cache(maxsize=64)
 def _names_in(path: str, mtime_ns: int, size: int) -> frozenset[str] | None:  # noqa: ARG001 - cache key
-    """The names a script defines at its top; None where that can't be told without running it.
+    """Return the names that a script defines, or None if only running it would tell.
 
     Raises:
-        ValueError: The script isn't valid Python.
+        ValueError: The script is not valid Python.
     """
     try:
         tree = ast.parse(Path(path).read_bytes(), path)
@@ -654,7 +658,7 @@ def _resolve_script(task: str, binary: object, cwd: str | os.PathLike[str] | Non
 
 
 def _binary(binary: object) -> tuple[str, ...]:
-    """The interpreter a user named, as the first words of a command line."""
+    """Return the interpreter that the user named as the first words of a command line."""
     if binary is None:
         return ()
     words = (binary,) if isinstance(binary, str | os.PathLike) else binary

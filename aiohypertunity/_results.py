@@ -1,4 +1,4 @@
-"""What came back: `Result`, its `Status`, and `Outcome`, what an executor saw of one attempt.
+"""Results of jobs: `Result`, its `Status`, and `Outcome`, an executor's report of one attempt.
 
 Times are seconds since the epoch, as `time.time()` gives them.
 """
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Status(enum.Enum):
-    """Where a job stands."""
+    """The state of a job: pending, running, cancelling, or one of five final states."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -33,7 +33,7 @@ class Status(enum.Enum):
     CANCELLED = "cancelled"
 
     is_final: bool
-    """Whether the job is over, one way or another."""
+    """True for the states in which a job has finished."""
 
     __hash__ = object.__hash__  # as right as an enum's own, and no call of a Python function
 
@@ -43,12 +43,12 @@ for _status in Status:
 
 
 class Outcome:
-    """What an executor reports of one attempt at a job. Absent facts are None.
+    """An executor's report of one attempt at a job. Facts that are not known are None.
 
     Attributes:
-        status: How it ended.
-        data: What the task returned, where it succeeded.
-        error: Why it has no data, where it didn't.
+        status: The final status of the attempt.
+        data: The return value of the task, if the attempt succeeded.
+        error: The reason why there is no data, if it did not.
     """
 
     __slots__ = (
@@ -91,10 +91,9 @@ class Outcome:
 
 
 class _Fields:
-    """A result's dataclass fields: all of them, but `data` only where there is data.
+    """The dataclass fields of a result, without `data` if the job failed.
 
-    So that `dataclasses.asdict`, which reads every field, works on a failed result, whose `data`
-    raises.
+    `dataclasses.asdict` reads every field, and reading `data` of a failed result raises.
     """
 
     def __init__(self, fields: Mapping[str, Field[Any]]) -> None:
@@ -109,28 +108,31 @@ class _Fields:
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class Result(Generic[T]):
-    """What became of a job: a frozen value, whatever kind of job it was.
+    """The result of a job of any kind. Frozen.
 
     Attributes:
-        id: The job's id.
-        job: The job itself.
-        data: What the task returned. Reading it off a failed job raises its error.
-        error: Why the job has no data; None if it succeeded.
+        id: The id of the job.
+        job: The job.
+        data: The return value of the task. Reading it raises `error` if the job did not succeed.
+        error: The reason why the job has no data; None if it succeeded.
         status: A final `Status`.
-        attempts: How many times it was started; more than 1 after retries or a requeue by Slurm,
-            0 if it was never started.
-        queued_at: When it was dispatched, in seconds since the epoch.
-        started_at: When its last attempt began to run; None if it never did.
-        finished_at: When its last attempt ended.
-        exit_code: Of its process, for scripts, Slurm jobs and workers that exited under it.
-        signal: The signal that killed its process.
-        host: The name of the machine it ran on.
-        pid: Its process there.
-        slurm_id: Slurm's id of it, as `squeue` prints it.
-        stdout: The last 64 KiB of its standard output (of its log, for Slurm).
-        stderr: The last 64 KiB of its standard error.
-        log_path: Where its whole output is kept, if it is.
-        max_rss: The most memory it held, in bytes, where Slurm's accounting knows.
+        attempts: The number of times the job was started: more than 1 after retries or a requeue
+            by Slurm, 0 if it was never started.
+        queued_at: The time of dispatch, in seconds since the epoch.
+        started_at: The time at which the last attempt started, in seconds since the epoch; None if
+            no attempt did.
+        finished_at: The time at which the last attempt ended, in seconds since the epoch.
+        exit_code: The exit code of the job's process, for scripts, Slurm jobs, and workers that
+            exited while they ran the job; otherwise None.
+        signal: The number of the signal that killed the process; otherwise None.
+        host: The name of the machine on which the job ran.
+        pid: The id of its process on that machine.
+        slurm_id: Slurm's id of the job, as `squeue` prints it; None for a local job.
+        stdout: The last 64 KiB of standard output; for a Slurm job, of its log.
+        stderr: The last 64 KiB of standard error; empty for a Slurm job.
+        log_path: The path at which the whole output is kept; None if it is not kept.
+        max_rss: The peak memory of the job in bytes, if Slurm's accounting reports it; otherwise
+            None.
     """
 
     id: int | str
@@ -162,7 +164,7 @@ class Result(Generic[T]):
     def of(
         cls, job: Job[T], outcome: Outcome, *, attempts: int, queued_at: float, finished_at: float
     ) -> Result[T]:
-        """The result of a job whose last attempt ended in `outcome`."""
+        """Return the result of a job whose last attempt ended in `outcome`."""
         result = cls.__new__(cls)
         # One update instead of eighteen object.__setattr__: this is on the path of every job.
         result.__dict__.update(
@@ -189,7 +191,7 @@ class Result(Generic[T]):
 
     @property
     def ok(self) -> bool:
-        """Whether the job succeeded."""
+        """True if the job succeeded."""
         return self.error is None
 
     def __repr__(self) -> str:
@@ -202,10 +204,10 @@ class Result(Generic[T]):
 
 
 def _data(result: Result[Any]) -> object:
-    """What the task returned.
+    """Return the return value of the task.
 
     Raises:
-        JobError: What happened instead. A new copy each time, so that a traceback never grows.
+        JobError: The job did not succeed. A new copy each time, so that no traceback grows.
     """
     if result.error is not None:
         raise copy.copy(result.error) from result.error.__cause__

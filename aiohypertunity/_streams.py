@@ -1,4 +1,4 @@
-"""Events for whoever listens: bounded, and honest about what was dropped."""
+"""Bounded streams of events that report what they dropped."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 
 class EventStream:
-    """Events from the moment it was made. A slow reader loses the oldest ones, and is told how many.
+    """An async iterator of the events since it was made.
+
+    A slow reader loses the oldest events, and gets a `Dropped` with their number.
 
     Args:
-        most: How many unread events are kept.
-        closed: Whether the scheduler is closed, so that nothing more will come.
+        most: The number of unread events that are kept.
+        closed: A function that returns True once the scheduler is closed and no event can follow.
     """
 
     def __init__(self, most: int, closed: Callable[[], bool]) -> None:
@@ -32,7 +34,7 @@ class EventStream:
         self._news = asyncio.Event()
 
     def put(self, event: Event) -> None:
-        """Adds an event."""
+        """Add an event."""
         if len(self._events) >= self._most:
             self._events.popleft()
             self._n_dropped += 1
@@ -40,14 +42,14 @@ class EventStream:
         self._news.set()
 
     def wake(self) -> None:
-        """Lets the reader see that the scheduler has closed."""
+        """Wake the reader, so that it sees that the scheduler has closed."""
         self._news.set()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
-        """The next event; a `Dropped` where some are missing."""
+        """Return the next event, or a `Dropped` where some are missing."""
         while not self._events:
             if self._closed():
                 raise StopAsyncIteration

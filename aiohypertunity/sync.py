@@ -1,10 +1,12 @@
-"""The blocking twin: the same names and parameters, for scripts, threads and notebooks.
+"""The blocking twin, with the same names and parameters, for scripts, threads and notebooks.
 
-A scheduler runs on a loop of its own in a thread of its own, so that it works anywhere, also where a loop is
-running already. One call into it costs about 0.1 ms; `stream` and `collect` take all that is ready at once.
+Each scheduler runs on an event loop in a thread of its own. It therefore works anywhere, also where
+an event loop is running already. One call into it costs about 0.1 ms; `stream` and `collect` take
+all results that are ready at once.
 
-On purpose different from the async one: `collect` returns a list, in the order of dispatch; `stream` is what
-`async for` over `collect` is there; a handle has `result()` instead of being awaited.
+Three differences from the async API are deliberate: `collect` returns a list in the order of
+dispatch; `stream` corresponds to `async for` over the async `collect`; a handle has `result()`
+instead of being awaited.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class JobHandle(Generic[T]):
 
     @property
     def id(self) -> int | str:
-        """The job's id."""
+        """The id of the job."""
         return self._handle.id
 
     @property
@@ -72,51 +74,51 @@ class JobHandle(Generic[T]):
 
     @property
     def status(self) -> Status:
-        """Where it stands."""
+        """The present status of the job."""
         return self._handle.status
 
     @property
     def slurm_id(self) -> str | None:
-        """Slurm's id of it; None until it is known."""
+        """Slurm's id of the job; None until it is known."""
         return self._handle.slurm_id
 
     @property
     def pending_reason(self) -> str | None:
-        """Why Slurm lets it wait."""
+        """Slurm's reason why the job waits; None if it does not wait, or is not a Slurm job."""
         return self._handle.pending_reason
 
     @property
     def node(self) -> str | None:
-        """The machine it runs or ran on, where it's known."""
+        """The name of the machine on which the job runs or ran, if known."""
         return self._handle.node
 
     @property
     def started_at(self) -> float | None:
-        """When it began to run (the last time), in seconds since the epoch; None if it hasn't."""
+        """The time of the last attempt's start, in seconds since the epoch; None if none started."""
         return self._handle.started_at
 
     def done(self) -> bool:
-        """Whether it's over."""
+        """Return True if the job has finished."""
         return self._handle.done()
 
     def cancel(self) -> None:
-        """Asks for its end. `result` returns once it's truly gone."""
+        """Cancel the job. `result` returns once all of its processes are gone."""
         self._portal.call(self._handle.cancel)
 
     def wait_started(self, timeout: float | None = None) -> None:
-        """Waits until it runs, or is over without having run.
+        """Wait until the job runs, or has finished without having run.
 
         Raises:
-            TimeoutError: It took longer than `timeout` seconds.
+            TimeoutError: `timeout` seconds have passed.
         """
         wait = self._handle.wait_started
         self._portal.call(_within, timeout, wait, self._handle, "hasn't started")
 
     def result(self, timeout: float | None = None) -> Result[T]:
-        """Waits for its result, which stays collectable.
+        """Wait for the result of the job and return it. It can still be collected.
 
         Raises:
-            TimeoutError: It took longer than `timeout` seconds. The job runs on.
+            TimeoutError: `timeout` seconds have passed. The job runs on.
         """
 
         async def wait() -> Result[T]:
@@ -161,7 +163,7 @@ class Batch(Sequence[JobHandle[T]]):
         deadline: float | None = None,
         ordered: bool = True,
     ) -> list[Result[T]]:
-        """As `Scheduler.collect`, of this batch alone. Claims its results."""
+        """Return results of this batch alone, as `Scheduler.collect` does. Claims its results."""
         make = partial(self._batch.collect, n_results, timeout, deadline=deadline)
         return _collect(self._portal, make, ordered=ordered)
 
@@ -173,12 +175,12 @@ class Batch(Sequence[JobHandle[T]]):
         deadline: float | None = None,
         ordered: bool = False,
     ) -> Iterator[Result[T]]:
-        """As `Scheduler.stream`, of this batch alone. Claims its results."""
+        """Yield results of this batch alone, as `Scheduler.stream` does. Claims its results."""
         make = partial(self._batch.collect, n_results, timeout, deadline=deadline, ordered=ordered)
         return _Stream(self._portal, self._portal.call(make))
 
     def cancel(self) -> None:
-        """Cancels all of it that isn't over."""
+        """Cancel all jobs of the batch that have not finished."""
         self._portal.call(self._batch.cancel)
 
     def __enter__(self) -> Self:
@@ -198,10 +200,10 @@ class Batch(Sequence[JobHandle[T]]):
 
 
 class Scheduler:
-    """Runs jobs, and gives their results as they come. See `aiohypertunity.Scheduler` for the arguments.
+    """A scheduler with a blocking API. The arguments are those of `aiohypertunity.Scheduler`.
 
-    Use it as `with`, or with `start()` and `close()` where a `with` can't span (notebook cells). Any thread may
-    use it.
+    Use it in a `with` statement, or call `start()` and `close()` where a `with` cannot span its
+    life, as in notebook cells. Any thread may use it.
     """
 
     def __init__(
@@ -231,11 +233,12 @@ class Scheduler:
         self._portal = _Portal()
 
     def start(self) -> Self:
-        """Starts it, where a `with` can't span its life.
+        """Start the scheduler, where a `with` statement cannot span its life.
 
         Raises:
-            OSError: There's no room for its directory in the temporary directory, or `logs` can't be written to.
-            RuntimeError: It was started before.
+            OSError: The temporary directory has no room for that of the scheduler, or `logs` is not
+                writable.
+            RuntimeError: The scheduler was started before.
         """
         self._portal.check()
         try:
@@ -247,9 +250,10 @@ class Scheduler:
         return self
 
     def close(self) -> None:
-        """Leaves: cancels or waits for what isn't over, as `on_exit` says. `collect` still works.
+        """Close the scheduler: cancel the unfinished jobs or wait for them, depending on `on_exit`.
 
-        Interrupted while it waits, it cancels what is left, and is done when that is gone.
+        An interrupt while it waits cancels the remaining jobs, and is raised once they are gone.
+        What has finished can still be collected afterwards.
         """
         interrupt = None
         while True:
@@ -279,7 +283,10 @@ class Scheduler:
         self.close()
 
     def dispatch(self, jobs: Job[T] | Iterable[Job[T]], *, private: bool = False) -> Batch[T]:
-        """See `aiohypertunity.Scheduler.dispatch`. Their calls are packed in this thread."""
+        """Dispatch jobs, as `aiohypertunity.Scheduler.dispatch` does.
+
+        Calls are pickled in the calling thread.
+        """
         return Batch(self._scheduler.dispatch(jobs, private=private), self._portal)
 
     def map(
@@ -290,7 +297,10 @@ class Scheduler:
         ordered: bool = False,
         chunk: int | Literal["auto"] = "auto",
     ) -> Iterator[T]:
-        """See `aiohypertunity.Scheduler.map`. `inputs` are taken in the scheduler's thread."""
+        """Yield the values of a function, as `aiohypertunity.Scheduler.map` does.
+
+        `inputs` are taken in the thread of the scheduler.
+        """
         start = partial(self._scheduler.map, function, inputs, ordered=ordered, chunk=chunk)
         return self._values(self._portal.call(start))
 
@@ -310,20 +320,21 @@ class Scheduler:
         deadline: float | None = None,
         ordered: bool = True,
     ) -> list[Result[Any]]:
-        """The results, as a list in the order of dispatch.
+        """Return results as a list, in the order of dispatch.
 
-        Takes nothing until all of them are there: after a timeout or Ctrl-C all can still be collected.
+        No result is taken until all of them are there: after a timeout or Ctrl-C, all can still be
+        collected.
 
         Args:
-            n_results: How many: the first ones to be done. None: all, until no job is left. 0 or less: those that
-                are ready now.
-            timeout: Seconds to wait for the next one to be done, at the most.
-            deadline: Seconds to wait for all of them, at the most.
-            ordered: Whether in the order of dispatch, or in that in which they were done.
+            n_results: The number of results; those of the jobs that finish first. None: all, until
+                no job is left. 0 or less: those that are ready now.
+            timeout: The longest wait for the next job to finish, in seconds.
+            deadline: The longest wait for all of them, in seconds.
+            ordered: True for the order of dispatch, False for the order in which the jobs finished.
 
         Raises:
-            CollectTimeout: It took too long.
-            NotEnoughJobs: There are no more jobs to give as many.
+            CollectTimeout: `timeout` or `deadline` has passed.
+            NotEnoughJobs: The remaining jobs cannot give that many results.
         """
         make = partial(self._scheduler.collect, n_results, timeout, deadline=deadline)
         return _collect(self._portal, make, ordered=ordered)
@@ -336,24 +347,24 @@ class Scheduler:
         deadline: float | None = None,
         ordered: bool = False,
     ) -> Iterator[Result[Any]]:
-        """The results as they come: `async for` over `aiohypertunity.Scheduler.collect`, blocking."""
+        """Yield results as they become available, as `aiohypertunity.Scheduler.collect` does."""
         make = partial(
             self._scheduler.collect, n_results, timeout, deadline=deadline, ordered=ordered
         )
         return _Stream(self._portal, self._portal.call(make))
 
     def statistics(self) -> Statistics:
-        """How things stand."""
+        """Return a snapshot of the scheduler."""
         return self._portal.call(self._scheduler.statistics)
 
     def events(self, maxsize: int = 10_000) -> Iterator[Event]:
-        """What happens from now on. See `aiohypertunity.Scheduler.events`."""
+        """Yield the events from now on, as `aiohypertunity.Scheduler.events` does."""
         stream = self._portal.call(self._scheduler.events, maxsize)
         return iter(lambda: self._portal.call(_next, stream), None)
 
 
 class _LoopThread:
-    """A loop in a thread of its own. It can be closed whatever its start has come to."""
+    """An event loop in a thread of its own, which can be closed even if its start failed."""
 
     def __init__(self) -> None:
         self._ready: Future[BlockingPortal] = Future()
@@ -365,12 +376,12 @@ class _LoopThread:
         )
 
     def start(self) -> None:
-        """Starts it, and waits until it can be called."""
+        """Start the thread, and wait until it can be called."""
         self._thread.start()
         self._ready.result()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Calls a function there and waits; interrupted, it cancels the call."""
+        """Call a function in the loop's thread and wait; an interrupt cancels the call."""
         outcome: Future[Any] = Future()
         try:
             self._ready.result().start_task_soon(_run, outcome, function, args)
@@ -380,7 +391,7 @@ class _LoopThread:
             raise
 
     def close(self) -> None:
-        """Ends it, and waits for its end; where its start was interrupted, it ends by itself."""
+        """End the thread and wait for its end; if its start was interrupted, it ends by itself."""
         if not self._ready.cancel() and self._ready.exception() is None:
             portal = self._ready.result()
             portal.start_task_soon(portal.stop)
@@ -401,7 +412,7 @@ def _serve(ready: Future[BlockingPortal]) -> None:
 
 
 async def _run(outcome: Future[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """A call for whoever waits for `outcome`: cancelled with it, also before this begins."""
+    """Run a call and set `outcome`; cancelling `outcome` cancels the call, even unstarted."""
     loop = asyncio.get_running_loop()
     with anyio.CancelScope() as scope:
 
@@ -427,7 +438,7 @@ async def _run(outcome: Future[Any], function: Callable[..., Any], args: tuple[A
 
 
 class _Portal:
-    """The way into the scheduler's loop: its thread while it runs, another one for a moment afterwards."""
+    """Access to the event loop: the scheduler's thread while it runs, then a temporary one."""
 
     def __init__(self) -> None:
         self._thread: _LoopThread | None = None
@@ -435,7 +446,7 @@ class _Portal:
         self.loans: list[tuple[_handles.Collector[Any], deque[Entry]]] = []
 
     def reclaim(self) -> None:
-        """Takes back what streams have and haven't delivered. On the loop's thread."""
+        """Take back results that streams hold and have not delivered. Runs on the loop's thread."""
         loans, self.loans = self.loans, []
         for collector, taken in loans:
             left = []
@@ -455,13 +466,13 @@ class _Portal:
             self._home.check()
 
     def open(self) -> None:
-        """Starts the thread."""
+        """Start the thread."""
         self._home = _handles.Home()
         self._thread = _LoopThread()
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread."""
+        """End the thread."""
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.close()
@@ -471,7 +482,7 @@ class _Portal:
     @overload
     def call(self, function: Callable[..., T], *args: Any) -> T: ...
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Calls a function there and waits; interrupted, it cancels the call."""
+        """Call a function in the loop's thread and wait; an interrupt cancels the call."""
         self.check()
         if self._thread is not None:
             return self._thread.call(function, *args)
@@ -483,7 +494,7 @@ class _Portal:
 def _collect(
     portal: _Portal, make: Callable[[], _handles.Collector[T]], *, ordered: bool
 ) -> list[Result[T]]:
-    """Takes all at once, or nothing."""
+    """Return all results at once, or take none."""
     collector = portal.call(make)
     taken: list[Entry] = []
 
@@ -503,9 +514,9 @@ def _collect(
 
 
 class _Stream(Generic[T]):
-    """Delivers all that is ready at each hop into the loop.
+    """An iterator of results that takes all that are ready at each call into the loop.
 
-    What it has and doesn't deliver is only on loan: whoever collects next gets it.
+    Results that it holds and has not delivered are on loan: the next collector gets them.
     """
 
     def __init__(self, portal: _Portal, collector: _handles.Collector[T]) -> None:

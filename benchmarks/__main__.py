@@ -36,7 +36,8 @@ def main() -> None:
     for name in given.names:
         if name not in BENCHMARKS:
             parser.error(f"there is no {name!r}, only {', '.join(BENCHMARKS)}")
-    rows = []
+    rows: list[Row] = []
+    suites: list[str] = []
     for name in given.names or BENCHMARKS:
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
@@ -45,10 +46,12 @@ def main() -> None:
             rows.append(
                 Row(figure=name, ours=str(error), against="-", ratio=None, must_be="-", met=False)
             )
+        suite = BENCHMARKS[name].__module__.rpartition(".")[2]
+        suites += [suite] * (len(rows) - len(suites))
     print(f"{machine()}; {N_WORKERS} workers, medians of {N_TURNS} runs in turns\n")
     print(table(rows))
     if given.json:
-        write_json(given.json, rows)
+        write_json(given.json, rows, suites)
 
 
 if __name__ == "__main__":

@@ -140,9 +140,9 @@ class Runs:
         return Row(
             figure=figure,
             ours=amount(ours[1], unit),
-            against="; ".join(against) or "itself",
+            against="; ".join(against) or "-",
             ratio=ratio,
-            must_be=f"{must} {amount(bound, '' if of_ratio else unit)}{' of it' if of_ratio else ''}",
+            must_be=f"{must} {amount(bound, '' if of_ratio else unit)}{' of the best other' if of_ratio else ''}",
             met=None if held is None else bool(_COMPARISONS[must](held, bound)),
             runs=self.of(key),
         )
@@ -302,7 +302,14 @@ def machine() -> str:
     )
 
 
-def write_json(path: str, rows: Sequence[Row]) -> None:
-    """The rows with every single measurement, for other programs."""
-    content = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}
+def write_json(path: str, rows: Sequence[Row], suites: Sequence[str]) -> None:
+    """Write the rows with every single measurement, each with the name of its suite.
+
+    The documentation's page on performance is made from such a file, `docs/figures.json`.
+    """
+    pairs = zip(suites, rows, strict=True)
+    content = {
+        "machine": f"{machine()}; {N_WORKERS} workers, medians of {N_TURNS} runs in turns",
+        "rows": [{"suite": suite, **dataclasses.asdict(row)} for suite, row in pairs],
+    }
     Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

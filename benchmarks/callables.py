@@ -48,7 +48,7 @@ def throughput() -> list[Row]:
             "anyio": anyio_throughput,
         }
     )
-    figure = f"no-op callables a second, {N_JOBS:,} separate jobs"
+    figure = f"no-op callables per second, {N_JOBS:,} separate jobs"
     return [runs.row(figure, "rate", "≥", 1.5, unit="/s", better=max)]
 
 
@@ -260,7 +260,12 @@ def tiny_calls() -> list[Row]:
     )
     rates = runs.medians("rate")
     everything = runs.row(
-        f"tiny calls a second by `map`, {N_CALLS:,} inputs", "rate", "≥", 1, unit="/s", better=max
+        f"tiny calls per second through `map`, {N_CALLS:,} inputs",
+        "rate",
+        "≥",
+        1,
+        unit="/s",
+        better=max,
     )
     of_joblib = rates["ours"] / rates["joblib (batch_size='auto')"]
     ahead = rates["ours"] >= max(
@@ -272,7 +277,7 @@ def tiny_calls() -> list[Row]:
             everything.ours,
             everything.against,
             of_joblib,
-            "≥ 0.50 of joblib, ahead of the rest",
+            "≥ 0.50 of joblib, ahead of the others",
             of_joblib >= 0.5 and ahead,
             everything.runs,
         )
@@ -345,10 +350,10 @@ def large_array() -> list[Row]:
     """One large array, given to many jobs: each reads its part of it."""
     timed = in_turns({"ours": our_array, "joblib": joblib_array})
     weighed = in_turns({"ours": our_weighed_array, "joblib": joblib_weighed_array})
-    what = f"one {MEGABYTES} MB array given to {N_PARTS} jobs"
+    what = f"one {MEGABYTES} MB array passed to {N_PARTS} jobs"
     return [
         timed.row(f"{what}: time", "ms", "≤", 1.1, unit="ms"),
-        weighed.row(f"{what}: most memory, all processes", "MB", "≤", 1.1, unit="MB"),
+        weighed.row(f"{what}: peak memory of all processes", "MB", "≤", 1.1, unit="MB"),
     ]
 
 
@@ -473,7 +478,11 @@ def cancel() -> list[Row]:
     runs = in_turns({"ours": our_cancel, "Pebble": pebble_cancel})
     return [
         runs.row(
-            "cancel of a running callable, to the next job in its place", "ms", "<", 1, unit="ms"
+            "from cancelling a running callable to the next job in its slot",
+            "ms",
+            "<",
+            1,
+            unit="ms",
         )
     ]
 

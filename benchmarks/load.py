@@ -35,14 +35,14 @@ def queue() -> list[Row]:
     flowed = in_turns({f"{N_MANY:,} jobs": flow_many, f"{N_FEW:,} jobs": flow_few})
     return [
         queued.row(
-            f"memory of the driver per queued job, {N_MANY:,} queued",
+            f"driver memory per queued job, {N_MANY:,} queued",
             "KB", "≤", 4, unit="KB", of_ratio=False,
         ),
         flowed.row(
-            f"time per job, of {N_MANY:,} against {N_FEW:,}", "µs", "≤", 1.2, unit="µs"
+            f"time per job, {N_MANY:,} jobs compared with {N_FEW:,}", "µs", "≤", 1.2, unit="µs"
         ),
         queued.row(
-            f"one `dispatch` of {N_MANY:,}, per job", "µs", "≤", 10, unit="µs", of_ratio=False
+            f"one `dispatch` of {N_MANY:,} jobs, per job", "µs", "≤", 10, unit="µs", of_ratio=False
         ),
     ]  # fmt: skip
 
@@ -102,7 +102,7 @@ def idle() -> list[Row]:
     runs = in_turns({"ours": our_idleness, "Dask": dask_idleness, "Ray": ray_idleness})
     return [
         runs.row(
-            "CPU of a scheduler with long jobs running, of one core",
+            "CPU use of a scheduler while long jobs run, of one core",
             "%", "<", 0.5, unit="%", of_ratio=False,
         )
     ]  # fmt: skip
@@ -160,14 +160,14 @@ def held() -> list[Row]:
     """How late a 1 ms ticker is on the loop while jobs flow, from start to leave."""
     runs = in_turns({"ours": ticks_of_ours, "an idle loop": ticks_of_idle_loop}, fresh=True)
     row = runs.row(
-        f"hold of the loop while {N_FLOWING:,} jobs flow, start and leave included: 99th percentile",
+        f"event-loop blocking time during {N_FLOWING:,} jobs, start and exit included: 99th percentile",
         "p99", "≤", 5, unit="ms", of_ratio=False,
     )  # fmt: skip
     longest = [f"{name} {amount(value, 'ms')}" for name, value in runs.medians("max").items()]
     return [
         row,
         Row(
-            figure="the same: the longest",
+            figure=f"event-loop blocking time during {N_FLOWING:,} jobs, start and exit included: longest",
             ours=longest[0].removeprefix("ours "),
             against=longest[1],
             ratio=None,

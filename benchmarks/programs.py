@@ -22,7 +22,7 @@ def scripts() -> list[Row]:
     """No-op Python scripts a second, as many at once as there are workers."""
     runs = in_turns({"ours": our_scripts, "bare asyncio": bare_scripts})
     return [
-        runs.row("no-op scripts a second", "rate", "≥", 0.9, unit="/s", better=max),
+        runs.row("no-op scripts per second", "rate", "≥", 0.9, unit="/s", better=max),
     ]
 
 
@@ -85,7 +85,7 @@ def imports() -> list[Row]:
     loop = medians["asyncio"] - medians["bare"]
     return [
         Row(
-            figure="`import aiohypertunity`, more than a bare start of Python",
+            figure="`import aiohypertunity`, in addition to a bare start of Python",
             ours=f"{amount(more, 'ms')}; with `Scheduler` and `Job` {amount(most, 'ms')}",
             against=f"a bare start {amount(medians['bare'], 'ms')}; `import asyncio` {amount(loop, 'ms')} more",
             ratio=None,

@@ -28,10 +28,10 @@ def search() -> list[Row]:
     what = f"heavy-tailed trials for {SECONDS:g} s, ask and tell"
     return [
         runs.row(
-            f"{what}: share of CPU kept busy", "busy", "≥", 0.97, better=max, of_ratio=False
+            f"{what}: busy share of the CPUs", "busy", "≥", 0.97, better=max, of_ratio=False
         ),
         runs.row(
-            f"{what}: first result, after the end of the first trial",
+            f"{what}: delay of the first result after the end of the first trial",
             "first", "≤", 5, unit="ms", of_ratio=False,
         ),
     ]  # fmt: skip
@@ -105,7 +105,7 @@ async def in_batches() -> AsyncIterator[Figures]:
 @benchmark
 def mixed() -> list[Row]:
     """Durations of a Pareto law, tiny ones among long ones, with and without getting ahead."""
-    runs = in_turns({"ours": getting_ahead, "not getting ahead": not_getting_ahead})
+    runs = in_turns({"ours": getting_ahead, "strict order": not_getting_ahead})
     return [
         runs.row(
             f"tiny jobs among long ones ({N_MIXED:,}, Pareto, {N_SLOTS} slots): busy share",

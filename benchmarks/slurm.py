@@ -118,16 +118,16 @@ def slurm_arrays() -> list[Row]:
         long = in_turns(
             {"ours": ours_long, "bare": bare_long}, n_turns=N_TURNS_OF_LONG_RUNS, warm_up=False
         )
-    what = "callables on Slurm, dispatch to last result"
+    what = "callables, from dispatch to the last result"
     return [
         short.row(f"{N_SHORT} {what}", "s", "≤", 1.10, unit="s"),
         peers.against("submitit").row(f"{N_SHORT} {what}", "s", "≤", 0.25, unit="s"),
         peers.against("executorlib").row(f"{N_SHORT} {what}", "s", "≤", 1, unit="s"),
         long.row(f"{N_LONG} {what}", "s", "≤", 1.10, unit="s"),
-        long.row("RPCs to slurmctld a job, 500 jobs", "RPCs", "≤", 1.3, of_ratio=False),
-        short.against().row("files a job in the spool", "files", "≤", 3, of_ratio=False),
+        long.row("requests to slurmctld per job, 500 jobs", "RPCs", "≤", 1.3, of_ratio=False),
+        short.against().row("files in the work directory per job", "files", "≤", 3, of_ratio=False),
         long.against().row(
-            "longest hold of the loop while 500 jobs flow, 99th percentile",
+            "event-loop blocking time during 500 jobs: 99th percentile",
             "hold", "<", 5, unit="ms", of_ratio=False,
         ),
     ]  # fmt: skip
@@ -306,8 +306,8 @@ def slurm_latency() -> list[Row]:
             warm_up=False,
         )
     return [
-        ends.row("from a job's end to its result", "s", "<", 0.3, unit="s", of_ratio=False),
-        kills.row("from `kill -9` of a job's Python to the error", "s", "<", 3, unit="s", of_ratio=False),
+        ends.row("from the end of a job to its result", "s", "<", 0.3, unit="s", of_ratio=False),
+        kills.row("from `kill -9` of a job's Python to `JobCrashed`", "s", "<", 3, unit="s", of_ratio=False),
     ]  # fmt: skip
 
 
@@ -395,11 +395,11 @@ def slurm_calls() -> list[Row]:
             for waiting in (ours_waiting_few, ours_waiting_many)
         )
     return [
-        runs.row(f"calls of sbatch, {N_LOOP} dispatched one by one", "sbatch", "≤", 3, of_ratio=False),
+        runs.row(f"calls of `sbatch` for {N_LOOP:,} jobs dispatched one by one", "sbatch", "≤", 3, of_ratio=False),
         Row(
-            figure="status queries a minute, 10 and 1,000 jobs waiting",
+            figure="status queries per minute while 10 and 1,000 jobs wait",
             ours=f"{amount(few)}; {amount(many)}",
-            against="itself",
+            against="-",
             ratio=many / few,
             # Two looks: the one before the first and the one after the last may fall in or out.
             must_be="≤ 3 more",

@@ -87,13 +87,13 @@ def ssh_jobs() -> list[Row]:
             n_turns=N_TURNS, warm_up=False,
         )  # fmt: skip
         ends = in_turns({"ours": ours_ends}, n_turns=N_TURNS, warm_up=False)
-    what = f"{N_JOBS} callables over SSH, dispatch to last result"
+    what = f"{N_JOBS} callables over SSH, from dispatch to the last result"
     return [
         runs.row(what, "s", "≤", 1.15, unit="s"),
         peer.row(what, "s", "≤", 1.0, unit="s"),
-        ends.row("from a job's end to its result, over SSH", "s", "<", 0.5, unit="s", of_ratio=False),
+        ends.row("from the end of a job to its result, over SSH", "s", "<", 0.5, unit="s", of_ratio=False),
         runs.row(
-            "longest hold of the loop meanwhile, 99th percentile",
+            f"event-loop blocking time during {N_JOBS} jobs over SSH: 99th percentile",
             "hold", "<", 5, unit="ms", of_ratio=False,
         ),
     ]  # fmt: skip
@@ -177,13 +177,13 @@ def ssh_link() -> list[Row]:
         cuts = in_turns({"ours": cut}, n_turns=N_TURNS, warm_up=False)
     return [
         waits.row(
-            f"messages in a minute while {N_JOBS} jobs wait", "messages", "<", 70, of_ratio=False
+            f"messages per minute while {N_JOBS} jobs wait", "messages", "<", 70, of_ratio=False
         ),
         waits.row(
-            f"bytes in a minute while {N_JOBS} jobs wait", "KB", "<", 100, unit="KB", of_ratio=False
+            f"bytes per minute while {N_JOBS} jobs wait", "KB", "<", 100, unit="KB", of_ratio=False
         ),
         cuts.row(
-            f"link cut for {CUT:g} s: from its return to the first result that waited",
+            f"link cut for {CUT:g} s: from its return to the first result",
             "s", "<", 3, unit="s", of_ratio=False,
         ),
     ]  # fmt: skip
@@ -235,12 +235,17 @@ def ssh_large() -> list[Row]:
             subprocess.run(["head", "-c", str(LARGE), "/dev/urandom"], stdout=file, check=True)
         path.chmod(0o644)
         runs = in_turns({"ours": fetch, "scp": scp}, n_turns=5)
-    what = f"a result of {LARGE // 1_000_000} MB"
+    what = f"a {LARGE // 1_000_000} MB result"
     return [
         runs.row(what, "s", "≤", 1.3, unit="s"),
-        runs.against().row(f"{what}: memory it takes", "MB", "<", 64, unit="MB", of_ratio=False),
+        runs.against().row(f"{what}: memory used", "MB", "<", 64, unit="MB", of_ratio=False),
         runs.against().row(
-            f"{what}: hold of the loop, 99th percentile", "hold", "<", 5, unit="ms", of_ratio=False
+            f"{what}: event-loop blocking time, 99th percentile",
+            "hold",
+            "<",
+            5,
+            unit="ms",
+            of_ratio=False,
         ),
     ]
 

@@ -5,10 +5,12 @@ package's defaults make slow (a job that asks for no memory takes a whole node, 
 between rounds, a dead node is noticed after five minutes) is set so that tests take seconds.
 
 Nothing may outlive the test process, however that dies. So it starts no daemon itself: a small
-supervisor does, which is this file run as a program. Linux hands it every orphan among its
+supervisor does, which is this file run with `supervise`. Linux hands it every orphan among its
 descendants (``PR_SET_CHILD_SUBREAPER``), so slurmstepd and what a job left in a session of its own
 can't get away from it: when it has no child left, nothing is left. It ends them all when told to,
 or when its owner is gone.
+
+`python -m tests.slurm_cluster` starts a cluster to use by hand, and stops it on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -228,6 +230,7 @@ class Daemons:
                     "-I",
                     "-S",
                     __file__,
+                    "supervise",
                     str(os.getpid()),
                     cgroups,
                     json.dumps(farewell),
@@ -691,9 +694,43 @@ def try_to(do: Callable[..., Any], *args: object) -> Any:
         return None
 
 
-if __name__ == "__main__":
-    supervisor = _Supervisor(sys.argv[2], json.loads(sys.argv[3]))
+def supervise(owner: str, cgroups: str, farewell: str) -> None:
+    """Start and end what the owner asks for; the other side of `Daemons`."""
+    supervisor = _Supervisor(cgroups, json.loads(farewell))
     try:
-        supervisor.serve(int(sys.argv[1]))
+        supervisor.serve(int(owner))
     finally:
         supervisor.end()
+
+
+def main() -> None:
+    """Run a cluster until Ctrl-C or SIGTERM, and print how to use it."""
+    import argparse  # not at the top: the supervisor starts faster without it
+
+    parser = argparse.ArgumentParser(prog="python -m tests.slurm_cluster", description=main.__doc__)
+    parser.add_argument(
+        "--accounting", action="store_true", help="run slurmdbd, so that sacct answers"
+    )
+    parser.add_argument("--nodes", type=int, default=4, help="how many nodes of 8 CPUs and 4000 MB")
+    given = parser.parse_args()
+    if lacking := missing():
+        parser.exit(1, f"{lacking}\n")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    directory = Path(tempfile.mkdtemp(prefix="slurm-logs-"))
+    try:
+        with SlurmCluster(directory, accounting=given.accounting, nodes=given.nodes) as cluster:
+            for name, value in cluster.env.items():
+                print(f"export {name}={value}")
+            print(f"# logs are in {directory}; Ctrl-C stops the cluster", flush=True)
+            signal.pause()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["supervise"]:
+        supervise(*sys.argv[2:])
+    else:
+        main()

@@ -87,3 +87,19 @@ def slurm_at(
     options.setdefault("connect", connect(node))
     options.setdefault("python", python_for_all(cluster))
     return ht.Slurm(f"{node.user}@{node.host}:{port or node.port}", **options)
+
+
+def use_alias(node: LoginNode, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `login.example.edu` a name of the login node, in the configuration of a user at home there."""
+    settings = home / ".ssh" / "config"
+    settings.parent.mkdir()
+    settings.write_text(
+        f"""
+        Host login.example.edu
+            HostName {node.host}
+            Port {node.port}
+            IdentityFile {node.client_key}
+            UserKnownHostsFile {node.known_hosts}
+        """
+    )
+    monkeypatch.setenv("HOME", str(home))

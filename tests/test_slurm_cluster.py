@@ -311,6 +311,21 @@ def test_nothing_left_after_sigkill(tmp_path: Path) -> None:
     assert subprocess.run(["id", user], capture_output=True, check=False).returncode == 1
 
 
+@pytest.mark.timeout(120)
+def test_by_hand() -> None:
+    """`python -m tests.slurm_cluster` prints what to export, and Ctrl-C leaves nothing of it."""
+    command = [sys.executable, "-m", "tests.slurm_cluster", "--nodes", "1"]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        name, _, conf = process.stdout.readline().removeprefix("export ").strip().partition("=")
+        nodes = subprocess.check_output(["sinfo", "-hN", "-o", "%T"], env=os.environ | {name: conf})
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    assert set(nodes.split()) == {b"idle"}
+    assert not Path(conf).parent.exists()
+
+
 def test_failed_start_tells_why_and_leaves_nothing(tmp_path: Path) -> None:
     """A daemon that doesn't start is reported with its last words, and those before it are ended."""
     cluster = SlurmCluster(tmp_path, settings={"SelectType": "select/nonsense"})
