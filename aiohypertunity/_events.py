@@ -70,6 +70,19 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Somebody holds a job back in a cluster's queue: it waits until they release it.
+
+    Attributes:
+        reason: The cluster's words for it, such as `JobHeldUser`.
+    """
+
+    job: Job[Any]
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LinkDown:
     """The connection to a cluster is lost; its jobs go on, and so do we once it's back.
 
@@ -102,4 +115,6 @@ class Dropped:
     at: float
 
 
-Event: TypeAlias = Queued | Started | Retried | Finished | Cancelled | LinkDown | LinkUp | Dropped
+Event: TypeAlias = (
+    Queued | Started | Retried | Finished | Cancelled | Held | LinkDown | LinkUp | Dropped
+)
