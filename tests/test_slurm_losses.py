@@ -264,12 +264,16 @@ async def test_nothing_comes_back_after_leaving(
 ) -> None:
     """Jobs end while slurmctld is down, which then has them again: leaving waits and cancels them."""
     gate = tmp_path / "gate"
-    async with ht.Scheduler(slurm=slurm()) as scheduler:
+    async with ht.Scheduler(slurm=slurm(options={"hold": True})) as scheduler:
         batch = scheduler.dispatch(
             [SlurmJob(note_and_wait, (str(notes), str(gate), i)) for i in range(8)]
         )
+        await until(lambda: batch[7].slurm_id)
+        array = str(batch[0].slurm_id).partition("_")[0]
+        await asyncio.to_thread(cluster.save_state, array)
+        # It saves again after five seconds at the earliest, and so comes back with jobs that wait.
+        await change(cluster, "release", array)
         await until(lambda: len(list(notes.iterdir())) == 8)
-        await asyncio.to_thread(cluster.save_state, str(batch[0].slurm_id))
         cluster.kill_controller()
         gate.touch()
         assert [(await handle).data for handle in batch] == list(range(8))
