@@ -164,9 +164,14 @@ class Cluster:
 
         Returns:
             True if Slurm has accepted it.
+
+        Raises:
+            LinkLost: The link is down.
         """
         try:
             done = await self.command(text.cancel_run_command(self.run))
+        except LinkLost:
+            raise
         except (TimeoutError, TransportError):
             return False
         return done.exit_status == 0

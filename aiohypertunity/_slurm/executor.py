@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 
 from .._errors import HypertunityError, TransportError
+from .._transports import LinkLost
 from . import report, shell, text
 from .accounting import Accounting
 from .arbiter import Arbiter
@@ -149,7 +150,8 @@ class SlurmExecutor:
         """
         if not self._submitter.has_submitted:
             return True
-        with anyio.move_on_after(_CONTACT_WITHIN):
+        # A link that is down is not waited for.
+        with anyio.move_on_after(_CONTACT_WITHIN), contextlib.suppress(LinkLost):
             while True:
                 if await self._cluster.cancel_run():
                     return True
