@@ -124,6 +124,7 @@ class SlurmExecutor:
         if self._main is not None:
             self._main.cancel()
             await asyncio.wait([self._main])
+        cancelled = False
         with anyio.CancelScope(shield=True):
             cancelled = await self._cancel_run()
             with (
