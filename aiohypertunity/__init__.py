@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         Dropped,
         Event,
         Finished,
+        Held,
         LinkDown,
         LinkUp,
         Queued,
@@ -98,8 +99,8 @@ _HOMES = {
         "RemoteTraceback", "ResultLost", "SubmitError", "TransportError",
     ),
     "_events": (
-        "Cancelled", "Dropped", "Event", "Finished", "LinkDown", "LinkUp", "Queued", "Retried",
-        "Started",
+        "Cancelled", "Dropped", "Event", "Finished", "Held", "LinkDown", "LinkUp", "Queued",
+        "Retried", "Started",
     ),
     "_handles": ("Batch", "Collector", "JobHandle"),
     "_jobs": ("Job", "SlurmJob"),
@@ -111,7 +112,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Batch", "Cancelled", "CollectTimeout", "Collector", "Dropped", "Event", "Finished",
+    "Batch", "Cancelled", "CollectTimeout", "Collector", "Dropped", "Event", "Finished", "Held",
     "HypertunityError", "Job", "JobCancelled", "JobCrashed", "JobError", "JobFailed", "JobHandle",
     "JobTimeout", "LinkDown", "LinkUp", "Map", "NodeFailed", "NotEnoughJobs", "OutOfMemory",
     "PayloadError", "Queued", "RemoteTraceback", "Result", "ResultLost", "Retried", "Scheduler",

@@ -87,6 +87,19 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Somebody holds a job back in a cluster's queue: it waits until they release it.
+
+    Attributes:
+        reason: The cluster's words for it, such as `JobHeldUser`.
+    """
+
+    job: Job[Any]
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LinkDown:
     """The loss of the connection to a cluster. Its jobs go on, and the scheduler connects again.
 
@@ -127,5 +140,7 @@ class Dropped:
     at: float
 
 
-Event: TypeAlias = Queued | Started | Retried | Finished | Cancelled | LinkDown | LinkUp | Dropped
+Event: TypeAlias = (
+    Queued | Started | Retried | Finished | Cancelled | Held | LinkDown | LinkUp | Dropped
+)
 """Any event of a scheduler."""

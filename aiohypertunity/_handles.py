@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
@@ -392,12 +393,19 @@ class Collector(Generic[T]):
         pending = [entry.job for entry in self._pool.unfinished()]
         ids = ", ".join(repr(job.id) for job in pending[:5]) + (", ..." if len(pending) > 5 else "")
         n = self._demand.n_collected
+        reasons = Counter(e.pending_reason for e in self._pool.unfinished() if _waits(e))
+        waits = "".join(f"; {count} jobs: {why}" for why, count in reasons.most_common(5))
         return CollectTimeout(
-            f"no result came in time: {n} came before, {len(pending)} jobs are pending (ids {ids}); "
+            f"no result came in time: {n} came before, {len(pending)} jobs are pending (ids {ids}{waits}); "
             "none of them was cancelled and nothing is lost: collect again",
             n_collected=n,
             pending=pending,
         )
+
+
+def _waits(entry: Entry) -> bool:
+    """Return True if it is known why it waits."""
+    return entry.status is Status.PENDING and bool(entry.pending_reason)
 
 
 def _check_wait(name: str, value: object) -> None:

@@ -382,6 +382,12 @@ class SlurmCluster:
         """SIGKILL slurmctld; what it learned in the last seconds is lost unless `save_state` came after."""
         self._running.kill("slurmctld")
 
+    def lose_state(self) -> None:
+        """SIGKILL slurmctld and remove all that it has saved; `start_controller` brings it back without."""
+        self.kill_controller()
+        shutil.rmtree(self.directory / "state")
+        (self.directory / "state").mkdir()
+
     def save_state(self, job: str) -> None:
         """Wait until slurmctld has written down what it knows of a job; it takes up to five seconds.
 

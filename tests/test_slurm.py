@@ -334,13 +334,14 @@ async def test_cancel_before_submission(slurm: Callable[..., ht.Slurm]) -> None:
 async def test_leaving(
     slurm: Callable[..., ht.Slurm], cluster: SlurmCluster, wrapped: Wrapper
 ) -> None:
-    """Leaving cancels all that is left by one scancel, and waits until it's gone."""
+    """Leaving cancels all that is left by one scancel, waits until it's gone, and cancels by name."""
     calls = wrapped("scancel", 'exec "$REAL" "$@"')
     async with ht.Scheduler(slurm=slurm()) as scheduler:
         batch = scheduler.dispatch([SlurmJob(tasks.forever) for _ in range(50)])
         await batch[0].wait_started()
     assert {handle.status for handle in batch} == {Status.CANCELLED}
-    assert len(calls()) == 1
+    assert len(calls()) == 2
+    assert calls()[1].startswith("--name=")
     cluster.wait_idle(15)
 
 

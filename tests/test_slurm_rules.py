@@ -409,6 +409,45 @@ def answer_of(path: Path, conf: str = "") -> str:
     ).stdout
 
 
+@pytest.mark.parametrize(
+    ("next_id", "boot", "wanted"),
+    [(8, "b", False), (7, "b", True), (1, "b", True), (7, "a", False), (0, "b", False)],
+)
+def test_what_proves_a_loss(next_id: int, boot: str, wanted: bool) -> None:
+    """Only a slurmctld that was started anew, and has yet to give out our id, has lost our array."""
+    answer = f"BOOT_TIME               = {boot}\nNEXT_JOB_ID             = {next_id}\n"
+    assert text.parse_controller(answer).has_lost("7", "a") is wanted
+
+
+@pytest.mark.parametrize(
+    ("reason", "failed", "held"),
+    [
+        ("launch failed requeued held", True, False),
+        ("launch_failed_requeued_held", True, False),
+        ("JobHoldMaxRequeue", True, False),
+        ("JobHeldUser", False, True),
+        ("JobHeldAdmin", False, True),
+        ("job requeued in held state", False, True),
+        ("Priority", False, False),
+    ],
+)
+def test_holds(reason: str, failed: bool, held: bool) -> None:
+    """Slurm's holds are told from those of people, and both only while the job waits."""
+    seen = text.Seen("PENDING", "run.1", "", reason)
+    assert (text.launch_failed(seen), text.is_held(seen)) == (failed, held)
+    assert not text.launch_failed(seen._replace(state="CANCELLED"))
+
+
+def test_only_ids_of_the_run_are_cancelled(tmp_path: Path) -> None:
+    """An id that Slurm does not list under the run's name is not cancelled."""
+    script(tmp_path / "squeue", "#!/bin/sh\nprintf '7\\n9\\n'\n", mode=0o755)
+    script(tmp_path / "scancel", '#!/bin/sh\necho "$@"\n', mode=0o755)
+    command = text.cancel_command("run", [("7", 0), ("7", 1), ("8", 2)], ["9", "10"], ["--x"])
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.check_output(["sh", "-c", command], text=True, env=env)
+    assert said == "--x 9 7_[0-1]\n"
+
+
 def test_accounts() -> None:
     """Steps add what they know to their job; jobs of others with the same id are none of ours."""
     found = text.parse_accounts(
@@ -467,8 +506,11 @@ class Node:
         self.script.write_text(script, errors="surrogateescape")
 
     @contextlib.contextmanager
-    def start(self, index: int = 0) -> Iterator[subprocess.Popen[bytes]]:
-        env = os.environ | {"SLURM_ARRAY_TASK_ID": str(index), "SLURM_ARRAY_JOB_ID": "7"}
+    def start(
+        self, index: int = 0, *, array: str = "7", restart: int = 0
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        env = os.environ | {"SLURM_ARRAY_TASK_ID": str(index), "SLURM_ARRAY_JOB_ID": array}
+        env["SLURM_RESTART_COUNT"] = str(restart)
         batch = subprocess.Popen(["sh", self.script], env=env | {"SLURMD_NODENAME": "n1"})
         with batch:
             try:
@@ -476,9 +518,13 @@ class Node:
             finally:
                 batch.kill()
 
-    def run(self) -> int:
-        with self.start() as batch:
+    def run(self, **options: Any) -> int:
+        with self.start(**options) as batch:
             return batch.wait(20)
+
+    def fence(self, *elements: int) -> list[str]:
+        command = shell.fence(str(self.directory), elements)
+        return subprocess.check_output(["sh", "-c", command], text=True).split()
 
     def stop(self, *elements: int) -> None:
         subprocess.run(["sh", "-c", shell.stop(str(self.directory), elements)], check=True)
@@ -517,6 +563,36 @@ def test_what_is_stopped_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         shutil.rmtree(node.directory)
         assert other.wait(30) == 137
     wait_until(lambda: not is_alive(pids[1]))
+
+
+def test_an_element_belongs_to_one_array(tmp_path: Path) -> None:
+    """A restart of the array that has it runs; another array does not, whatever its restart."""
+    node = Node(tmp_path, shell.Element(shell.Script(("true",), None, None)))
+    assert node.run() == 0
+    assert node.run(array="8") == 0
+    assert node.run(array="8", restart=1) == 0
+    assert node.run(restart=1) == 0
+    assert node.names() == {"0.0.end.7.0", "0.1.end.7.0"}
+
+
+def test_a_claim_that_is_not_written_yet(tmp_path: Path) -> None:
+    """A restart waits for a claim that has been made and holds nothing yet."""
+    node = Node(tmp_path, shell.Element(shell.Script(("true",), None, None)))
+    (node.directory / "claim.0").touch()
+    with node.start(restart=1) as batch:
+        (node.directory / "claim.0").write_text("7\n")
+        assert batch.wait(20) == 0
+    assert node.names() == {"0.1.end.7.0"}
+
+
+def test_a_fence(tmp_path: Path) -> None:
+    """A fenced element starts in no array; one that has started is named, however often it is asked."""
+    element = shell.Element(shell.Script(("true",), None, None))
+    node = Node(tmp_path, element, element)
+    assert node.run(index=1) == 0
+    assert node.fence(0, 1) == node.fence(0, 1) == ["1"]
+    assert node.run() == node.run(array="8") == node.run(restart=1) == 0
+    assert node.names() == {"1.0.end.7.0"}
 
 
 def test_a_callable_that_is_stopped_ends(tmp_path: Path) -> None:
@@ -694,6 +770,24 @@ def gone(state: str) -> text.Accounted:
         ({"missing_since": 2.0, "cancelled_at": 1.0}, 3, Fate.CANCELLED),
         ({"missing_since": 0.0, "cancelled_at": 1.0}, 3, Fate.WAIT),
         ({}, LONG, Fate.WAIT),
+        # What slurmctld has forgotten, or may have.
+        ({"missing_since": 0.0, "forgotten": True}, 1, Fate.WAIT),
+        ({"missing_since": 0.0, "forgotten": True}, 2, Fate.FORGOTTEN),
+        ({"missing_since": 0.0, "forgotten": True, "n_claims": 1}, 2, Fate.FORGOTTEN),
+        ({"missing_since": 0.0, "forgotten": True, "n_claims": 1, "result": True}, 2, Fate.READ),
+        ({"missing_since": 0.0, "forgotten": True, "stopping": True, "n_missing": 2}, 2, Fate.CANCELLED),
+        ({"missing_since": 0.0, "forgotten": True, "end": TERM}, 2, Fate.FORGOTTEN),
+        ({"missing_since": 0.0, "forgotten": True, "end": Sign(0, 0, "end", "1", 3)}, 2, Fate.EXITED),
+        ({"missing_since": 0.0, "n_claims": 1, "restarted": True}, 11, Fate.FORGOTTEN),
+        ({"missing_since": 0.0, "n_claims": 1, "restarted": None}, 11, Fate.WAIT),
+        ({"missing_since": 0.0, "n_missing": 9, "restarted": None}, 11, Fate.WAIT),
+        ({"missing_since": 0.0, "n_missing": 9, "restarted": True}, 11, Fate.NEVER),
+        # What could not be launched.
+        ({"state": "PENDING", "state_at": 1.0, "launch_failed": 1}, LONG, Fate.WAIT),
+        ({"state": "PENDING", "state_at": 1.0, "launch_failed": 2}, 2, Fate.UNLAUNCHED),
+        ({"state": "PENDING", "state_at": 1.0, "launch_failed": 2, "stopping": True}, 2, Fate.WAIT),
+        ({"state": "PENDING", "state_at": 1.0, "launch_failed": 2, "end": TERM}, 2, Fate.UNLAUNCHED),
+        ({"state": "PENDING", "state_at": 1.0, "launch_failed": 2, "result": True}, 2, Fate.READ),
     ],
 )  # fmt: skip
 def test_verdicts(facts: dict[str, Any], now: float, wanted: Fate) -> None:

@@ -184,14 +184,15 @@ async def test_cancelled_while_the_link_is_down(
 async def test_leaving_while_the_link_is_down(
     node: LoginNode, cluster: SlurmCluster, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who leaves doesn't wait for a link for ever."""
+    """Who leaves doesn't wait for a link for ever, and is told how to cancel what is left."""
     monkeypatch.setattr(canceller, "_GONE_WITHIN", 1.0)
-    async with ht.Scheduler(1, slurm=slurm_at(node, cluster, link.port)) as scheduler:
-        [handle] = scheduler.dispatch(ht.SlurmJob(time.sleep, (300,)))
-        await handle.wait_started()
-        link.cut()
-        await asyncio.sleep(0.5)
-        left_at = time.monotonic()
+    with pytest.warns(ResourceWarning, match="scancel --name=ht-"):
+        async with ht.Scheduler(1, slurm=slurm_at(node, cluster, link.port)) as scheduler:
+            [handle] = scheduler.dispatch(ht.SlurmJob(time.sleep, (300,)))
+            await handle.wait_started()
+            link.cut()
+            await asyncio.sleep(0.5)
+            left_at = time.monotonic()
     assert time.monotonic() - left_at < 60
     assert handle.status is ht.Status.CANCELLED
     cluster.run("scancel", str(handle.slurm_id))

@@ -21,6 +21,7 @@ cluster     commands over a link that may fail, a clock that knows, a budget
 state       what the loops share
 submitter, watcher, looker, arbiter, canceller, reader
             a loop each: queue to arrays, names in the spool, squeue, verdicts, scancel, outcomes
+rescue      what Slurm has lost or cannot launch: stopped, or submitted again
 accounting  sacct, where there is any
 executor    all of them together
 """

@@ -76,27 +76,26 @@ class Arbiter:
         fate = judge(facts, self._cluster.now())
         if fate is not Fate.WAIT:
             element.reading = True
-            self._state.endings.append((element, fate))
-            self._state.ended.set()
+            self._state.end(element, fate)
         elif not needs_word(facts):
             self._state.suspects.discard(element)
         return fate is Fate.WAIT and needs_word(facts)
 
-    def limit_turn(self, element: Element, limit: float) -> None:
-        """It's to be taken out of the queue if its turn doesn't come in time.
+    def limit_turn(self, element: Element) -> None:
+        """Have it taken out of the queue if its turn does not come in time, by the cluster's clock.
 
-        Args:
-            element: Which.
-            limit: Seconds on the cluster's clock.
+        Each wait counts by itself: also that of a job that was queued again after it had started.
         """
-        self._loop.call_later(limit, self._check_turn, element, element.queued_at + limit)
+        limit: float | None = getattr(element.entry.job, "queue_timeout", None)
+        if limit is not None and element.waiting_since is not None:
+            self._check_turn(element, limit)
 
-    def _check_turn(self, element: Element, until: float) -> None:
-        if element.claims or element.stopping or element.done:
+    def _check_turn(self, element: Element, limit: float) -> None:
+        if element.waiting_since is None or element.expired or element.stopping or element.done:
             return
-        left = until - self._cluster.now()
+        left = element.waiting_since + limit - self._cluster.now()
         if left > 0:
-            self._loop.call_later(left, self._check_turn, element, until)
+            self._loop.call_later(left, self._check_turn, element, limit)
             return
         words = element.reason or ""
         outcome = report.waited_too_long(element.entry.job, words, element.slurm_id)

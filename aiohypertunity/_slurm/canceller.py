@@ -59,13 +59,21 @@ class Canceller:
             late = [e for e in ready if _may_still_run(e)]
             now = [e for e in ready if not _may_still_run(e)]
             if now or twins:
-                if await self._scancel(now, text.cancel_command(*self._whole(now, twins))):
+                if await self._scancel(now, self._command(now, twins)):
                     self._state.twins -= twins
                 elif twins:
                     self._loop.call_later(_AGAIN, self._state.cancelling.set)
             if late:
-                command = text.cancel_command(_keys(late))
-                await self._scancel(late, f"{command} --state=PENDING")
+                await self._scancel(late, self._command(late, set(), ("--state=PENDING",)))
+
+    def _command(
+        self,
+        elements: Sequence[Element],
+        twins: set[tuple[str, int]],
+        options: Sequence[str] = (),
+    ) -> str:
+        keys, whole = self._whole(elements, twins)
+        return text.cancel_command(self._cluster.run, keys, whole, options)
 
     def _whole(
         self, elements: Sequence[Element], twins: set[tuple[str, int]]
@@ -74,6 +82,8 @@ class Canceller:
         keys = _keys(elements) | twins
         whole = set()
         for submission in {e.submission for e in elements if e.submission is not None}:
+            if submission.forgotten:
+                continue
             own = [e.key for e in submission.elements]
             arrays = {key[0] for key in own if key is not None}
             if all(e.done or e.key in keys for e in submission.elements):
@@ -82,7 +92,7 @@ class Canceller:
 
     async def _scancel(self, elements: Sequence[Element], command: str) -> bool:
         """Runs scancel; says whether Slurm has accepted it."""
-        self._cluster.budget.spend(1, self._cluster.now())
+        self._cluster.budget.spend(2, self._cluster.now())
         try:
             done = await self._cluster.command(command)
         except (TimeoutError, TransportError):
@@ -93,7 +103,7 @@ class Canceller:
         for element in elements:
             if accepted:
                 element.disowned = False
-                if element.stopping or not element.claims:
+                if element.stopping or element.expired:
                     element.cancelled_at = self._cluster.now()
             self._state.suspect(element)
         # Once more, if they are still there when they should long be gone.
@@ -103,7 +113,7 @@ class Canceller:
 
     def _cancel_again(self, elements: list[Element]) -> None:
         for element in elements:
-            if _is_to_end(element) and not (_may_still_run(element) and element.claims):
+            if _is_to_end(element):
                 self._state.cancel(element)
 
     def let_go_in_time(self, element: Element) -> None:
@@ -125,7 +135,7 @@ class Canceller:
 
 
 def _is_to_end(element: Element) -> bool:
-    return not element.done or element.disowned
+    return element.disowned or (not element.done and (element.stopping or element.expired))
 
 
 def _may_still_run(element: Element) -> bool:
@@ -134,4 +144,11 @@ def _may_still_run(element: Element) -> bool:
 
 
 def _keys(elements: Iterable[Element]) -> set[tuple[str, int]]:
-    return {key for element in elements if (key := element.key) is not None}
+    """The ids of elements, less those that Slurm has forgotten and may have given to others."""
+    return {
+        key
+        for element in elements
+        if (key := element.key) is not None
+        and element.submission is not None
+        and not element.submission.forgotten
+    }

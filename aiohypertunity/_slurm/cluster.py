@@ -59,6 +59,7 @@ class Cluster:
         run: The name of the run: of its jobs, and of its directory.
         directory: Where its files are there; empty before `prepare`.
         site: What the cluster is like.
+        controller: The last that was heard of slurmctld's memory.
         budget: What RPCs may be spent.
     """
 
@@ -81,6 +82,7 @@ class Cluster:
         self.run = f"ht-{secrets.token_hex(6)}"
         self.directory = ""
         self.site = text.Site()
+        self.controller = text.Controller()
         self.budget = Budget()
 
     async def aclose(self) -> None:
@@ -157,9 +159,34 @@ class Cluster:
             command = shlex.join(("bash", "-c", "\n".join(lines)))
         return await self._noted(self._transport.run(command, timeout=timeout))
 
-    async def cancel_run(self) -> None:
-        """Cancels by name: also those whose id was never known, or that were requeued after they had ended."""
-        await self.command(f"scancel --name={self.run}", timeout=PATIENCE / 2)
+    async def cancel_run(self) -> bool:
+        """Cancel by name: also jobs whose id was never known, or that were requeued after their end.
+
+        Returns:
+            True if Slurm has accepted it.
+
+        Raises:
+            LinkLost: The link is down.
+        """
+        try:
+            done = await self.command(text.cancel_run_command(self.run))
+        except LinkLost:
+            raise
+        except (TimeoutError, TransportError):
+            return False
+        return done.exit_status == 0
+
+    async def ask_controller(self) -> bool:
+        """Ask slurmctld about its memory; return False if it does not answer."""
+        self.budget.spend(1, self.now())
+        try:
+            done = await self.command(text.CONTROLLER_COMMAND)
+        except (TimeoutError, TransportError):
+            return False
+        if done.exit_status != 0:
+            return False
+        self.controller = text.parse_controller(done.stdout)
+        return True
 
     async def prepare(self) -> None:
         """Makes the directory of the run and learns about the site, once."""
@@ -182,6 +209,7 @@ class Cluster:
                 f"Slurm can't be used here: {hopeless}; `python -m aiohypertunity doctor` looks closer"
             )
         self.site = text.parse_site(done.stdout)
+        self.controller = text.parse_controller(done.stdout)
         files = await in_thread(node_code)
         placed = {f"{found}/node/{name}": content for name, content in files.items()}
         await self.through(lambda: self.put(placed))

@@ -38,6 +38,8 @@ class Element:
         "host",
         "index",
         "missing_since",
+        "n_launches_failed",
+        "n_launches_tried",
         "n_missing",
         "number",
         "pinned",
@@ -54,6 +56,7 @@ class Element:
         "stopped",
         "stopping",
         "submission",
+        "waiting_since",
     )  # fmt: skip
 
     def __init__(self, entry: Entry, group: tuple[bool, tuple[str, ...]], now: float) -> None:
@@ -61,6 +64,8 @@ class Element:
         self.group = group
         self.attempts_before = entry.attempt
         self.queued_at = now
+        # Since when it has waited for its turn; None while it runs.
+        self.waiting_since: float | None = now
         self.number = -1
         self.submission: Submission | None = None
         self.index = -1
@@ -82,6 +87,9 @@ class Element:
         self.missing_since: float | None = None
         self.n_missing = 0
         self.siblings = False
+        # Looks in a row that say so; submissions that ended so.
+        self.n_launches_failed = 0
+        self.n_launches_tried = 0
         self.account: text.Accounted | None = None
         self.account_asked = False
         self.cancelled_at: float | None = None
@@ -133,8 +141,19 @@ class Element:
             account=self.account,
             account_open=accounting and not self.account_asked,
             cancelled_at=self.cancelled_at,
-            stopping=self.stopping or (self.expired and not self.claims),
+            stopping=self.stopping or self.expired,
+            launch_failed=self.n_launches_failed if fresh else 0,
+            forgotten=self.submission is not None and self.submission.forgotten,
+            restarted=self._restarted(),
         )
+
+    def _restarted(self) -> bool | None:
+        """Return whether slurmctld was started anew, as far as it was asked since it lacks this one."""
+        submission = self.submission
+        if submission is None or submission.restarted:
+            return None if submission is None else True
+        fresh = self.missing_since is None or submission.asked_at >= self.missing_since
+        return submission.restarted if fresh else None
 
     def ending(self, log: bytes | None = None, end: bytes | None = None) -> report.Ending:
         """How it ended, for its error.
@@ -180,6 +199,7 @@ class Element:
         """A squeue that began at `at` lists it."""
         if self.seen is None or self.seen.state != seen.state or self.seen_at <= self.claimed_at:
             self.state_since = at
+        self.n_launches_failed = self.n_launches_failed + 1 if text.launch_failed(seen) else 0
         self.seen, self.seen_at = seen, at
         self.missing_since, self.n_missing, self.siblings = None, 0, False
         self.host = seen.node or self.host
@@ -204,9 +224,18 @@ class Submission:
         self.array: str | None = None
         self.submitted_at = 0.0
         self.epoch = 0.0
+        # The start of slurmctld that was known before sbatch ran.
+        self.boot = ""
+        # True once slurmctld has proved to have lost it: its id may be somebody else's.
+        self.forgotten = False
+        # Whether slurmctld was started anew since; None while that is unknown.
+        self.restarted: bool | None = None
+        self.asked_at = -1.0
         self.names: frozenset[str] = frozenset()
         self.garbage: list[str] = []
         self.kept = False
+        # True if elements of it were submitted again: it is kept until the run ends.
+        self.fenced = False
         for index, element in enumerate(elements):
             element.submission = self
             element.index = index

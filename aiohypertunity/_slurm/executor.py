@@ -14,12 +14,14 @@ import contextlib
 import logging
 import shlex
 import traceback
+import warnings
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
 
 from .._errors import HypertunityError, SubmitError, TransportError
-from . import report, shell
+from .._transports import LinkLost
+from . import report, shell, text
 from .accounting import Accounting
 from .arbiter import Arbiter
 from .canceller import Canceller
@@ -28,6 +30,7 @@ from .elements import Element
 from .looker import Looker
 from .packing import Packer
 from .reader import Reader
+from .rescue import Rescuer
 from .state import State
 from .submitter import Submitter
 from .watcher import Watcher
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from . import Slurm
 
 E = TypeVar("E", bound=Exception)
+
+_CONTACT_WITHIN, _CONTACT_PAUSE = 30.0, 1.0
+"""Seconds for which a Slurm that does not answer is waited for in the end; and between tries."""
 
 _LOG = logging.getLogger("aiohypertunity.slurm")
 
@@ -63,18 +69,19 @@ class SlurmExecutor:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._cluster = cluster = Cluster(slurm, emit, self._fail_all, self._say, directory)
-        self._state = state = State(cluster, owner)
+        self._state = state = State(cluster, owner, emit)
         self._packer = Packer(slurm, cluster)
         self._submitter = Submitter(slurm, cluster, state, self._packer)
         self._canceller = Canceller(cluster, state)
         accounting = Accounting(cluster)
         self._arbiter = Arbiter(cluster, state, accounting)
         watcher = Watcher(cluster, state)
-        self._reader = Reader(slurm, cluster, state, accounting, watcher)
+        rescuer = Rescuer(cluster, state, watcher, self._arbiter)
+        self._reader = Reader(slurm, cluster, state, accounting, watcher, rescuer)
         self._parts = (
             self._submitter,
             watcher,
-            Looker(cluster, state, accounting),
+            Looker(cluster, state, accounting, self._arbiter),
             self._arbiter,
             self._canceller,
             self._reader,
@@ -93,9 +100,7 @@ class SlurmExecutor:
             return
         self._state.queue.add(element)
         self._state.queued.set()
-        limit: float | None = getattr(entry.job, "queue_timeout", None)
-        if limit is not None:
-            self._arbiter.limit_turn(element, limit)
+        self._arbiter.limit_turn(element)
         if self._main is None or self._main.done():
             self._main = self._loop.create_task(self._live())
 
@@ -124,7 +129,9 @@ class SlurmExecutor:
         if self._main is not None:
             self._main.cancel()
             await asyncio.wait([self._main])
+        cancelled = False
         with anyio.CancelScope(shield=True):
+            cancelled = await self._cancel_run()
             with (
                 anyio.move_on_after(PATIENCE),
                 contextlib.suppress(HypertunityError, TimeoutError),
@@ -132,6 +139,30 @@ class SlurmExecutor:
                 if self._main is not None:
                     await self._clean_up()
             await self._cluster.aclose()
+        if not cancelled:
+            where = f" on {self._cluster.host}" if self._cluster.host else ""
+            warnings.warn(
+                f"Slurm{where} did not answer when this scheduler ended, and may have jobs of it that "
+                f"run or wait: cancel them by `{text.cancel_run_command(self._cluster.run)}`",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+    async def _cancel_run(self) -> bool:
+        """Cancel whatever Slurm may have of this run; return False if it cannot be told to in time.
+
+        Also when all have ended: a slurmctld that was down meanwhile comes back with an older state,
+        and queues jobs again of which nobody knows any more.
+        """
+        if not self._submitter.has_submitted:
+            return True
+        # A link that is down is not waited for.
+        with anyio.move_on_after(_CONTACT_WITHIN), contextlib.suppress(LinkLost):
+            while True:
+                if await self._cluster.cancel_run():
+                    return True
+                await asyncio.sleep(_CONTACT_PAUSE)
+        return False
 
     async def _clean_up(self) -> None:
         directory = self._cluster.directory
@@ -142,9 +173,8 @@ class SlurmExecutor:
                 f"cd {workdir} 2>/dev/null && rm -rf {self._cluster.run} || :"
             )
             return
-        if self._state.has_strays:
-            with contextlib.suppress(TimeoutError, TransportError):
-                await self._cluster.cancel_run()
+        for submission in self._state.submissions.values():
+            submission.fenced = False
         if any(submission.kept for submission in self._state.submissions.values()):
             await self._reader.flush_garbage()
             await self._cluster.shell(f"rm -rf {shlex.quote(directory)}/node")

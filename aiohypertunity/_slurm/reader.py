@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import os
 import shlex
 from pathlib import Path
@@ -23,13 +22,14 @@ from .cluster import BREATH
 from .verdict import Fate
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from .._calls import ScriptCall
     from . import Slurm
     from .accounting import Accounting
     from .cluster import Cluster
     from .elements import Element, Submission
+    from .rescue import Rescuer
     from .state import State
     from .watcher import Watcher
 
@@ -40,9 +40,6 @@ _KEPT = {Status.FAILED, Status.CRASHED, Status.TIMED_OUT}
 _TRIES = 5
 _FIRST, _MOST = 8, 64
 """Elements that are read at once."""
-
-_LAST_WORD, _PAUSE = 60.0, 0.5
-"""Seconds that a job may take to end whose node is lost: NFS remembers names for so long; and between looks."""
 
 _BYTES = 32 << 20
 """Bytes of results that are to be read at once."""
@@ -59,6 +56,7 @@ class Reader:
         state: Where the endings are.
         accounting: Knows more about failures.
         watcher: To be told of names that it hasn't seen.
+        rescuer: Takes those that Slurm has lost.
     """
 
     def __init__(
@@ -68,12 +66,14 @@ class Reader:
         state: State,
         accounting: Accounting,
         watcher: Watcher,
+        rescuer: Rescuer,
     ) -> None:
         self._slurm = slurm
         self._cluster = cluster
         self._state = state
         self._accounting = accounting
         self._watcher = watcher
+        self._rescuer = rescuer
         self._n_at_once = _FIRST
 
     async def run(self) -> None:
@@ -103,6 +103,16 @@ class Reader:
                     self._isolate(batch, error)
                 await self.flush_garbage()
 
+    async def _rescue(
+        self,
+        rescue: Callable[[Sequence[tuple[Element, Fate]]], Awaitable[None]],
+        lost: Sequence[tuple[Element, Fate]],
+    ) -> None:
+        try:
+            await rescue(lost)
+        except Exception as error:  # a fault of ours is these elements' alone
+            self._state.fault((element for element, _ in lost if not element.done), error)
+
     def _isolate(self, batch: Sequence[tuple[Element, Fate]], error: Exception) -> None:
         """Fail the element at which reading failed; of several, find it by reading them one by one."""
         left = [pair for pair in batch if not pair[0].done]
@@ -114,10 +124,13 @@ class Reader:
 
     async def _read(self, batch: Sequence[tuple[Element, Fate]]) -> None:
         batch = await self._confirm([pair for pair in batch if not pair[0].done])
-        lost = {e for e, fate in batch if fate is Fate.NODE and e.claims and not e.stopped}
+        lost = [pair for pair in batch if _is_lost(*pair)]
         if lost:
-            self._lost.start_soon(self._stop, lost)
-            batch = [(e, fate) for e, fate in batch if e not in lost]
+            started = [pair for pair in lost if pair[0].claims]
+            others = [pair for pair in lost if pair not in started]
+            self._lost.start_soon(self._rescue, self._rescuer.stop, started)
+            self._lost.start_soon(self._rescue, self._rescuer.submit_again, others)
+            batch = [pair for pair in batch if pair not in lost]
         if not batch:
             return
         failed = [e for e, fate in batch if fate not in {Fate.READ, Fate.CANCELLED}]
@@ -156,45 +169,12 @@ class Reader:
     async def _confirm(self, batch: Sequence[tuple[Element, Fate]]) -> list[tuple[Element, Fate]]:
         """Looks into the spool once more for those whose shell has left no word: the watcher may be stuck."""
         silent = [e for e, fate in batch if fate is not Fate.READ and e.end is None]
-        await self._list(silent)
+        await self._watcher.list_now(silent)
         changed = {e for e in silent if e.result is not None or e.end is not None}
         for element in changed:
             element.reading = False
             self._state.suspect(element)
         return [(e, fate) for e, fate in batch if e not in changed]
-
-    async def _list(self, elements: Collection[Element]) -> None:
-        for submission in _submissions(elements):
-            done = await self._cluster.shell(shell.listing(submission.directory))
-            if done.exit_status == 0:
-                self._watcher.take_names(submission, done.stdout.strip())
-
-    async def _stop(self, elements: Collection[Element]) -> None:
-        """Slurm has lost their nodes, where they may still run: they are told to end.
-
-        Those that are to be tried again are waited for, as far as that has a bound: nothing runs twice.
-        """
-        try:
-            await self._await_stop(elements)
-        except TransportError:
-            pass
-        except Exception as error:  # a fault of ours is these elements' alone
-            self._state.fault(elements, error)
-        for element in elements:
-            element.stopped = True
-            self._state.endings.append((element, Fate.NODE))
-        self._state.ended.set()
-
-    async def _await_stop(self, elements: Collection[Element]) -> None:
-        for submission in _submissions(elements):
-            indices = [e.index for e in elements if e.submission is submission]
-            command = shell.stop(submission.directory, indices)
-            await self._cluster.through(functools.partial(self._cluster.shell, command))
-        until = self._cluster.now() + _LAST_WORD
-        again = [e for e in elements if e.entry.retries_left]
-        while any(e.end is None for e in again) and self._cluster.now() < until:
-            await asyncio.sleep(_PAUSE)
-            await self._cluster.through(functools.partial(self._list, again))
 
     async def _conclude(
         self,
@@ -206,9 +186,12 @@ class Reader:
     ) -> None:
         ending = element.ending(log, end)
         if fate is not Fate.READ:
-            if element.expired and fate is Fate.CANCELLED and not element.claims:
+            if element.expired and fate is Fate.CANCELLED:
                 outcome = report.waited_too_long(
-                    element.entry.job, element.reason or "", element.slurm_id
+                    element.entry.job,
+                    element.reason or "",
+                    element.slurm_id,
+                    started=bool(element.claims),
                 )
             else:
                 outcome = report.report(element.entry.job, fate, ending)
@@ -290,7 +273,7 @@ class Reader:
         swept: list[tuple[Submission, int]] = []
         for submission in self._state.submissions.values():
             directory = shlex.quote(submission.directory)
-            if submission.n_left == 0 and not submission.kept:
+            if submission.n_left == 0 and not submission.kept and not submission.fenced:
                 commands.append(shell.remove_tree(submission.directory))
                 over.append(submission)
             elif len(submission.garbage) >= _GARBAGE or (
@@ -312,8 +295,15 @@ class Reader:
             self._watcher.rest()
 
 
-def _submissions(elements: Collection[Element]) -> set[Submission]:
-    return {e.submission for e in elements if e.submission is not None}
+def _is_lost(element: Element, fate: Fate) -> bool:
+    """Return True if it may run on, or can be submitted again, though Slurm has lost it."""
+    if element.stopped:
+        return False
+    if fate is Fate.CANCELLED:
+        # An scancel does not reach what slurmctld has forgotten.
+        forgotten = element.submission is not None and element.submission.forgotten
+        return forgotten and bool(element.claims) and element.end is None
+    return fate in {Fate.FORGOTTEN, Fate.UNLAUNCHED} or (fate is Fate.NODE and bool(element.claims))
 
 
 def _held(content: bytes | TransportError | None) -> bytes | None:

@@ -120,13 +120,16 @@ def fault(job: Job[Any], error: Exception) -> Outcome:
     return refused(failed)
 
 
-def waited_too_long(job: Job[Any], reason: str, slurm_id: str | None) -> Outcome:
+def waited_too_long(
+    job: Job[Any], reason: str, slurm_id: str | None, *, started: bool = False
+) -> Outcome:
     """The outcome of a job whose turn didn't come within its `queue_timeout`."""
+    begun = "was queued again after it had started" if started else "never started"
     limit = getattr(job, "queue_timeout", None) or 0.0
     why = f" (Slurm says: {reason})" if reason else ""
     message = (
         f"{_failures.name(job)} waited for its turn longer than its queue_timeout of {limit:g} s, "
-        f"never started, and was taken out of the queue{why}"
+        f"{begun}, and was taken out of the queue{why}"
     )
     return Outcome(Status.TIMED_OUT, error=JobTimeout(message, job=job), slurm_id=slurm_id)
 
@@ -212,6 +215,22 @@ def _node(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
     return Status.CRASHED, NodeFailed(message, job=job)
 
 
+def _forgotten(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    message = (
+        f"slurmctld lost its state, and with it {_where(job, ending)}, which had started and was "
+        f"stopped: retries=1 would run it again{_failures.last_lines(ending.log)}"
+    )
+    return Status.CRASHED, NodeFailed(message, job=job)
+
+
+def _unlaunched(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    message = (
+        f"Slurm could not launch {_where(job, ending)}, and says: {ending.reason}. Its node or its "
+        f"prolog may be at fault: retries=1 would submit it again{_failures.last_lines(ending.log)}"
+    )
+    return Status.CRASHED, NodeFailed(message, job=job)
+
+
 def _preempted(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
     message = (
         f"{_where(job, ending)} had to make room for another and wasn't queued again: retries=1 would "
@@ -268,6 +287,8 @@ _ERRORS = {
     Fate.PREEMPTED: _preempted,
     Fate.CANCELLED: _cancelled,
     Fate.CANCELLED_OUTSIDE: _cancelled_outside,
+    Fate.FORGOTTEN: _forgotten,
+    Fate.UNLAUNCHED: _unlaunched,
     Fate.NEVER: _never,
     Fate.LOST: _lost,
 }

@@ -4,6 +4,8 @@ The batch script is plain POSIX shell, and every element of an array runs the sa
 element, runs the job as a child, waits for it through signals, and leaves word of how it ended in the *name* of
 a file, since a name can be left on a disk that is full:
 
+    claim.5              element 5 belongs to the array whose id is in it; or to the driver, which has
+                         fenced it off: made once for all restarts, and never removed
     5.0.run              element 5, restart 0, is claimed
     5.0.on.77.node7      it runs, as of array 77, on node7, or its shell was killed; took the claim's place
     5.0.result           what a callable returned or raised
@@ -168,12 +170,28 @@ ht_key=$ht_dir/$ht_index.${{SLURM_RESTART_COUNT:-0}}
 ht_why=0 ht_child= ht_helpers= ht_timeout= ht_guard= ht_out= ht_begun= ht_setsid=
 
 cd "$ht_dir" || exit 72
-# The claim: a name that can be made once. Whoever comes second leaves.
-set -C
-if ! {{ true >"$ht_key.run"; }} 2>/dev/null; then
-    [ -e "$ht_key.run" ] && exit 0
+ht_unwritable() {{
     echo "aiohypertunity: can't write in $ht_dir on ${{SLURMD_NODENAME:-this node}}" >&2
     exit 73
+}}
+# Two names that can be made once. The first decides over all restarts which array has the element:
+# a restart of the same array goes on with it, another array leaves.
+ht_claim=claim.$ht_index ht_owner=
+set -C
+{{ {{ ht_owner=$SLURM_ARRAY_JOB_ID; echo "$ht_owner"; }} >"$ht_claim"; }} 2>/dev/null
+if [ -z "$ht_owner" ]; then
+    [ -e "$ht_claim" ] || ht_unwritable
+    # Another one may have made it and not written it yet.
+    for ht_nap in 0.2 1 3; do
+        read -r ht_owner <"$ht_claim" && break
+        sleep "$ht_nap"
+    done
+    [ "$ht_owner" = "$SLURM_ARRAY_JOB_ID" ] || exit 0
+fi
+# The second decides between two of the same restart, which a slurmctld starts that has lost its state.
+if ! {{ true >"$ht_key.run"; }} 2>/dev/null; then
+    [ -e "$ht_key.run" ] && exit 0
+    ht_unwritable
 fi
 set +C
 for ht_mark in "$ht_key".on.* "$ht_key".end.* "$ht_dir/$ht_index.stop"; do
@@ -321,6 +339,32 @@ def stop(directory: str, elements: Iterable[int]) -> str:
     """
     names = (f": >{index}.stop && rm -f {index}.*.on.*" for index in elements)
     return "\n".join((f"cd {shlex.quote(directory)} || exit 1", *names))
+
+
+_DRIVER = "driver"
+
+
+def fence(directory: str, elements: Iterable[int]) -> str:
+    """Return the command that takes elements for the driver: no array can start them afterwards.
+
+    It writes the indices that an array has taken before, one a line; those may run or have run. It
+    may be run again.
+    """
+    indices = " ".join(map(str, elements))
+    return _FENCE.format(directory=shlex.quote(directory), indices=indices, driver=_DRIVER)
+
+
+_FENCE = """\
+cd {directory} || exit 1
+set -C
+for index in {indices}; do
+    {{ echo {driver} >claim.$index; }} 2>/dev/null
+    owner=
+    read -r owner <claim.$index
+    [ "$owner" = {driver} ] || echo $index
+done
+:
+"""
 
 
 def remove_tree(path: str) -> str:

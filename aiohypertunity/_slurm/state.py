@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 from .. import _failures
 from .._results import Outcome, Status
 from . import report, text
+from .elements import Element
 from .pace import Mood
 from .queue import Queue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
+    from .._events import Event
     from .._ledger import Owner
     from .cluster import Cluster
-    from .elements import Element, Submission
+    from .elements import Submission
     from .verdict import Fate
 
 _LOG = logging.getLogger("aiohypertunity.slurm")
@@ -30,10 +32,12 @@ class State:
     Args:
         cluster: Whose clock counts.
         owner: To whom to report.
+        emit: Takes events.
     """
 
-    def __init__(self, cluster: Cluster, owner: Owner) -> None:
+    def __init__(self, cluster: Cluster, owner: Owner, emit: Callable[[Event], None]) -> None:
         self.owner = owner
+        self.emit = emit
         self._cluster = cluster
         self.queue = Queue()
         self.queued = asyncio.Event()
@@ -60,16 +64,13 @@ class State:
         submitted = [e for s in self.submissions.values() for e in s.elements]
         return [e for e in {*self.queue, *submitted} if not e.done]
 
-    @property
-    def has_strays(self) -> bool:
-        """Whether Slurm may have jobs of ours that nobody waits for any more."""
-        unknown = any(submission.array is None for submission in self.submissions.values())
-        return bool(unknown or self.twins or self.cancels or self.unfinished)
-
     def submitted(self, submission: Submission, array: str) -> None:
         """Slurm has it, under this id."""
         if submission.array is not None:
             return
+        for other in self.submissions.values():
+            if other.array == array:  # slurmctld has lost its state, and gives ids out again
+                other.forgotten = True
         submission.array = array
         submission.submitted_at = self._cluster.now()
         submission.epoch = time.time()
@@ -93,6 +94,28 @@ class State:
         """There's something new to be judged by."""
         self.suspects.add(element)
         self.suspected.set()
+
+    def end(self, element: Element, fate: Fate) -> None:
+        """Have what is left of it read, and reported as this fate."""
+        self.endings.append((element, fate))
+        self.ended.set()
+
+    def submit_again(self, element: Element, why: str) -> Element:
+        """Queue the same attempt again, of which nothing has run or ever will; return its new element."""
+        again = Element(element.entry, element.group, element.queued_at)
+        again.pinned = element.pinned
+        if element.waiting_since is not None:
+            again.waiting_since = element.waiting_since
+        element.done = True
+        element.entry.place = again
+        self.suspects.discard(element)
+        assert element.submission is not None
+        element.submission.n_left -= 1
+        element.submission.fenced = True
+        self.queue.add(again)
+        self.queued.set()
+        self.say_pending([again], why)
+        return again
 
     def cancel(self, element: Element) -> None:
         """Slurm is to be told to end it, as soon as its id is known."""

@@ -70,6 +70,11 @@ class Submitter:
         self._longest_array: int | None = None
         self._n_submissions = 0
 
+    @property
+    def has_submitted(self) -> bool:
+        """True if Slurm may have been given a job."""
+        return self._n_submissions > 0
+
     async def run(self) -> None:
         """Submits what is queued, for ever."""
         async with anyio.create_task_group() as self._retries:
@@ -129,6 +134,7 @@ class Submitter:
         submission = Submission(
             self._n_submissions, self._cluster.run, self._cluster.directory, group
         )
+        submission.boot = self._cluster.controller.boot
         self._state.submissions[submission.name] = submission
         try:
             await self._packer.put(submission)

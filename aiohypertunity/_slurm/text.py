@@ -253,13 +253,46 @@ def parse_size(text: str) -> int | None:
     return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
-def cancel_command(elements: Iterable[tuple[str, int]], whole: Iterable[str] = ()) -> str:
-    """The one scancel that ends these elements, and these arrays as a whole."""
+def cancel_command(
+    run: str,
+    elements: Iterable[tuple[str, int]],
+    whole: Iterable[str] = (),
+    options: Sequence[str] = (),
+) -> str:
+    """Return the command that ends elements and whole arrays of a run.
+
+    A slurmctld that has lost its state gives ids out again. So only ids that Slurm lists under the
+    run's name are cancelled. `scancel --name` would do that too, but sends a request for each
+    running task where one for an array is enough (22.05: 8 for 8 tasks).
+
+    Args:
+        run: The run's token, the name of its jobs.
+        elements: Array ids and indices.
+        whole: Ids of arrays.
+        options: More options of scancel.
+    """
     arrays: dict[str, list[int]] = {}
     for array, index in elements:
         arrays.setdefault(array, []).append(index)
     ids = [*whole, *(f"{array}_[{format_indices(indices)}]" for array, indices in arrays.items())]
-    return f"scancel {shlex.join(ids)}"
+    listed = shlex.join(("squeue", "--noheader", "--states=all", f"--name={run}", "--format=%F"))
+    return _CANCEL.format(listed=listed, ids=shlex.join(ids), options=shlex.join(options))
+
+
+_CANCEL = """\
+known=$({listed}) || exit 1
+known=" $(echo $known) "
+set --
+for id in {ids}; do
+    case $known in *" ${{id%%_*}} "*) set -- "$@" "$id" ;; esac
+done
+[ $# -eq 0 ] || scancel {options} "$@"
+"""
+
+
+def cancel_run_command(run: str) -> str:
+    """Return the command that ends all jobs of a run, those whose ids are not known included."""
+    return f"scancel --name={run}"
 
 
 def format_indices(indices: Iterable[int]) -> str:
@@ -271,6 +304,56 @@ def format_indices(indices: Iterable[int]) -> str:
         else:
             runs.append([index, index])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+class Controller(NamedTuple):
+    """What one `scontrol show config` tells of slurmctld's memory.
+
+    Attributes:
+        boot: When it was started, in its own words; another value means another start.
+        next_id: The id of the next job; 0 if unknown.
+    """
+
+    boot: str = ""
+    next_id: int = 0
+
+    def has_lost(self, array: str, boot: str) -> bool:
+        """Return True if slurmctld must have forgotten an array.
+
+        Ids only grow while slurmctld keeps its state. One that was given out and lies ahead was
+        given out by a slurmctld whose state is lost.
+
+        Args:
+            array: The id that sbatch was given, before this was asked.
+            boot: The start of slurmctld that was known before.
+        """
+        return self.boot != boot and 0 < self.next_id <= int(array)
+
+
+CONTROLLER_COMMAND = "scontrol show config"
+
+
+def parse_controller(stdout: str) -> Controller:
+    """Return what the answer to `CONTROLLER_COMMAND` or `SITE_COMMAND` tells of slurmctld's memory."""
+    pairs = (line.partition("=") for line in stdout.splitlines())
+    config = {name.strip(): value.strip() for name, _, value in pairs}
+    return Controller(config.get("BOOT_TIME", ""), _number(config.get("NEXT_JOB_ID", "")))
+
+
+_LAUNCH_FAILED = re.compile(
+    r"launch[ _]failed[ _]requeued[ _]held|JobHoldMaxRequeue", re.IGNORECASE
+)
+_HELD = re.compile(r"JobHeld(User|Admin)|job[ _]requeued[ _]in[ _]held[ _]state", re.IGNORECASE)
+
+
+def launch_failed(seen: Seen) -> bool:
+    """Return True if Slurm could not launch a job, and never tries again by itself."""
+    return seen.state in WAITING and _LAUNCH_FAILED.fullmatch(seen.reason) is not None
+
+
+def is_held(seen: Seen) -> bool:
+    """Return True if somebody holds a job back until they release it."""
+    return seen.state in WAITING and _HELD.fullmatch(seen.reason) is not None
 
 
 class Site(NamedTuple):

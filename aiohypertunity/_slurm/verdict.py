@@ -28,6 +28,9 @@ REQUEUE_GRACE = 6.0
 RESULT_GRACE = 10.0
 """How long a file may take to be seen across a network, after Slurm has said that all went well."""
 
+CONTROLLER_GRACE = 60.0
+"""How long to wait for slurmctld to say whether it was started anew."""
+
 WORD_GRACE = 10.0
 """How long to wait for Slurm's word on a job that its shell saw killed."""
 
@@ -46,6 +49,8 @@ class Fate(enum.Enum):
     PREEMPTED = "it had to make room, and wasn't queued again"
     CANCELLED = "we cancelled it"
     CANCELLED_OUTSIDE = "somebody cancelled it"
+    FORGOTTEN = "slurmctld lost its state, and with it this one"
+    UNLAUNCHED = "Slurm could not launch it, and holds it"
     NEVER = "Slurm forgot it before it started"
     LOST = "it left no readable result"
 
@@ -70,6 +75,9 @@ class Facts(NamedTuple):
         account_open: Whether the accounting may still tell something.
         cancelled_at: When an scancel of ours for it was accepted.
         stopping: Whether we want it to end, accepted or not.
+        launch_failed: How many squeues in a row said that it could not be launched.
+        forgotten: Whether slurmctld has proved to have lost it.
+        restarted: Whether slurmctld was started anew since it was submitted; None if unknown.
     """
 
     is_script: bool
@@ -88,6 +96,9 @@ class Facts(NamedTuple):
     account_open: bool = False
     cancelled_at: float | None = None
     stopping: bool = False
+    launch_failed: int = 0
+    forgotten: bool = False
+    restarted: bool | None = False
 
     @property
     def ours(self) -> bool:
@@ -105,6 +116,8 @@ def judge(facts: Facts, now: float) -> Fate:
         return _by_end(facts, facts.end, now)
     if facts.missing_since is not None:
         return _by_absence(facts, facts.missing_since, now)
+    if facts.launch_failed >= 2 and not facts.ours:
+        return Fate.UNLAUNCHED
     if facts.state in ENDED:
         return _by_state(facts, facts.state, facts.state_since, now)
     return Fate.WAIT
@@ -116,6 +129,7 @@ def needs_word(facts: Facts) -> bool:
         facts.end is not None
         or facts.missing_since is not None
         or facts.ours
+        or facts.launch_failed > 0
         or facts.state in ENDED
     )
 
@@ -145,6 +159,9 @@ def _by_end(facts: Facts, end: Sign, now: float) -> Fate:
 def _signalled(facts: Facts, end: Sign, now: float) -> Fate:
     """It, or its shell, was sent a signal, whatever it made of it: only Slurm knows what for."""
     patient = now < facts.end_at + WORD_GRACE
+    if facts.forgotten:
+        # Where slurmd, which knows it no longer as Slurm's, has ended it.
+        return Fate.FORGOTTEN
     if facts.missing_since is not None and facts.missing_since >= facts.end_at:
         if facts.account_open:
             return Fate.WAIT
@@ -152,6 +169,8 @@ def _signalled(facts: Facts, end: Sign, now: float) -> Fate:
             return _by_word(facts, end, facts.account.state)
         if facts.state in ENDED and facts.state_at >= facts.end_at:
             return _by_word(facts, end, facts.state)
+        if facts.restarted is None and now < facts.missing_since + CONTROLLER_GRACE:
+            return Fate.WAIT
         return Fate.CRASHED if end.why == "0" else Fate.CANCELLED_OUTSIDE
     if facts.state_at >= facts.end_at:
         if facts.state in {"PREEMPTED", "NODE_FAIL"}:
@@ -163,7 +182,7 @@ def _signalled(facts: Facts, end: Sign, now: float) -> Fate:
         if facts.state in ENDED:
             return _by_word(facts, end, facts.state)
         if facts.state in WAITING:
-            return Fate.WAIT
+            return Fate.UNLAUNCHED if facts.launch_failed >= 2 else Fate.WAIT
     if end.why == "0" and not patient:
         return Fate.CRASHED
     # A requeue looks like this too, until Slurm has spoken.
@@ -211,13 +230,18 @@ def _by_absence(facts: Facts, since: float, now: float) -> Fate:
         return Fate.CANCELLED if now >= since + SETTLE else Fate.WAIT
     if facts.state in ENDED:
         return _by_state(facts, facts.state, facts.state_since, now)
+    if facts.forgotten:
+        return Fate.FORGOTTEN if now >= since + EXIT_GRACE else Fate.WAIT
     if facts.account_open:
         return Fate.WAIT
     if facts.account is not None and facts.account.state in ENDED:
         return _by_state(facts, facts.account.state, since, now)
     if now < since + RESULT_GRACE:
         return Fate.WAIT
+    if facts.restarted is None and now < since + CONTROLLER_GRACE:
+        return Fate.WAIT
     if facts.n_claims:
-        return Fate.LOST
+        # A start without an end is no end while slurmctld may have forgotten it.
+        return Fate.LOST if facts.restarted is False else Fate.FORGOTTEN
     # squeue forgets at once who is cancelled while pending, and nobody else.
     return Fate.CANCELLED_OUTSIDE if facts.siblings and facts.n_missing >= 2 else Fate.NEVER

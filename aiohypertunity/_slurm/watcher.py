@@ -13,6 +13,8 @@ from . import shell
 from .cluster import BREATH
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .cluster import Cluster
     from .elements import Element, Submission
     from .state import State
@@ -72,6 +74,13 @@ class Watcher:
             finally:
                 lease.cancel()
 
+    async def list_now(self, elements: Iterable[Element]) -> None:
+        """List the directories of elements: the watcher there may be stuck."""
+        for submission in {e.submission for e in elements if e.submission is not None}:
+            done = await self._cluster.shell(shell.listing(submission.directory))
+            if done.exit_status == 0:
+                self.take_names(submission, done.stdout.strip())
+
     def take_names(self, submission: Submission, line: str) -> None:
         """These names are in the directory of a submission."""
         names = frozenset(line.split())
@@ -112,6 +121,8 @@ class Watcher:
             element.missing_since, element.n_missing = None, 0
             element.started_at = time.time()
             element.reason = None
+            element.waiting_since, element.expired = None, False
+            element.n_launches_failed = 0
             if not element.stopping:  # it has begun to run before its turn was withdrawn
                 element.cancelled_at = None
         element.claims.add(restart)
