@@ -155,7 +155,7 @@ class Packer:
             return _failures.unreadable(job, function.part, function.reason)
         args, cwd = job.args, self._directory(job)
         try:
-            if type(args) is tuple and PLAIN.issuperset(map(type, args)):
+            if type(args) is tuple and PLAIN.issuperset(map(type, args)) and _is_short(args):
                 # Several times as quick as asking for large buffers that can't be there.
                 quick = pickle.dumps(args, 5)
                 if len(quick) <= PACKET:
@@ -232,6 +232,10 @@ class Packer:
         shared = self._buffers[key][0]
         self._written.append(shared)
         return shared.path
+
+
+def _is_short(args: tuple[Any, ...]) -> bool:
+    return not any(type(arg) is bytes and len(arg) > PACKET for arg in args)
 
 
 def _no_room(error: OSError) -> str:

@@ -7,7 +7,11 @@ A *function blob* is a kind byte and a body: a cloudpickle of a callable, or the
 function in a script or module. A *payload* is a pickle of the arguments. A *reply* is one of three
 kinds (`VALUE`, `RAISED`, `UNREADABLE`) and a pickle. What was raised has a pickle of its own in it: it may not
 come back, and what it said must. Large buffers (numpy arrays and whatever else
-speaks pickle protocol 5) travel beside a pickle, in files that the reader maps copy-on-write.
+speaks pickle protocol 5) travel beside a pickle, in files that the reader maps copy-on-write; large
+`bytes` and `bytearray` objects travel in files, too, which the reader reads.
+
+cloudpickle takes 36 ms of CPU to import, as much as all the rest of a short job on a cluster, so it is
+imported where plain pickle does not suffice and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import contextlib
 import errno
 import importlib
 import importlib.util
+import io
 import json
 import mmap
 import os
@@ -23,8 +28,9 @@ import pickle
 import sys
 import traceback
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 VALUE, RAISED, UNREADABLE = b"v", b"x", b"p"
 """Replies: the pickled return value; (pickled exception, its type and words, traceback, whether the call's script or
@@ -85,7 +91,7 @@ def pack_function(function: Callable[..., Any], write: Write | None) -> tuple[by
     if type(function) is types.FunctionType and not _registered_by_value():
         with contextlib.suppress(Exception):  # those that have no name to find them by
             blob = pickle.dumps(function, 5)
-            if b"__main__" not in blob:
+            if not _names_main_or_script(blob):
                 return _PICKLED + blob, []
     blob, files = dumps(function, "the function", write)
     return _PICKLED + blob, files
@@ -130,10 +136,29 @@ def _script_module(path: str) -> types.ModuleType:
         del sys.modules[name]
         raise
     # Its classes travel by value: the driver, which never imported it, must be able to read them.
-    import cloudpickle
-
-    cloudpickle.register_pickle_by_value(module)
+    _scripts[name] = module
     return module
+
+
+_MAIN = b"_main__"
+"""Part of `__main__`, and of `__mp_main__`, as multiprocessing calls the main script in its children."""
+
+_scripts: dict[str, types.ModuleType] = {}
+"""Modules made of scripts, by name."""
+
+
+def _names_main_or_script(blob: bytes) -> bool:
+    """Return True if a pickle may refer to a module that its reader cannot import."""
+    return _MAIN in blob or any(name.encode() in blob for name in _scripts)
+
+
+def _register_by_value(cloudpickle: Any) -> None:
+    main = sys.modules.get("__mp_main__")
+    if main is not None:
+        cloudpickle.register_pickle_by_value(main)
+    for name, module in _scripts.items():
+        if sys.modules.get(name) is module:
+            cloudpickle.register_pickle_by_value(module)
 
 
 def dumps(value: object, what: str, write: Write | None) -> tuple[bytes, list[str]]:
@@ -163,16 +188,60 @@ def dumps(value: object, what: str, write: Write | None) -> tuple[bytes, list[st
     blob = None
     if not _registered_by_value():
         try:
-            blob = pickle.dumps(value, 5, buffer_callback=keep_small)
+            if write is None:
+                blob = pickle.dumps(value, 5)
+            else:
+                pieces = _Pieces(buffers)
+                pickle.Pickler(pieces, 5, buffer_callback=keep_small).dump(value)
+                blob = pieces.join()
         except Exception:
             buffers.clear()
         else:
-            if b"__main__" in blob:
+            if _names_main_or_script(blob):
                 blob = None
                 buffers.clear()
     if blob is None:
-        blob = _cloudpickle_dumps(value, what, keep_small)
+        blob = _cloudpickle_dumps(value, what, None if write is None else buffers, keep_small)
     return blob, [write(buffer) for buffer in buffers] if write else []
+
+
+class _Pieces:
+    """A file for a pickle, which puts large `bytes` and `bytearray` objects beside it.
+
+    Protocol 5 knows out-of-band buffers, but `bytes` are no such buffers. CPython's pickler writes an
+    object of 64 KiB or more outside of its frames, directly after a piece that ends in the opcode and
+    the length of the object, and passes the object itself. Here a reference takes the place of opcode,
+    length and object. An object that comes in another way stays in the pickle.
+    """
+
+    def __init__(self, buffers: list[memoryview]) -> None:
+        self._buffers = buffers
+        self._pieces: list[bytes | bytearray] = []
+
+    def write(self, piece: bytes | bytearray) -> None:
+        """Adds a piece of the pickle."""
+        size = len(piece)
+        if size >= LARGE and self._pieces:
+            before = self._pieces[-1]
+            for opcode, length, reference in _BYTES_OPCODES:
+                header = opcode + size.to_bytes(length, "little")
+                if before.endswith(header):
+                    self._pieces[-1] = before[: -len(header)] + reference
+                    self._buffers.append(memoryview(piece))
+                    return
+        self._pieces.append(piece)
+
+    def join(self) -> bytes:
+        """The pickle, less what lies beside it."""
+        return bytes(self._pieces[0]) if len(self._pieces) == 1 else b"".join(self._pieces)
+
+
+_BYTES_OPCODES = (
+    (pickle.BINBYTES, 4, pickle.NEWTRUE + pickle.BINPERSID),
+    (pickle.BINBYTES8, 8, pickle.NEWTRUE + pickle.BINPERSID),
+    (pickle.BYTEARRAY8, 8, pickle.NEWFALSE + pickle.BINPERSID),
+)
+"""How a pickle begins an object, the bytes of its length, and a reference to a file: `_Unpickler` has its end."""
 
 
 def _raw(buffer: pickle.PickleBuffer) -> memoryview | None:
@@ -183,20 +252,32 @@ def _raw(buffer: pickle.PickleBuffer) -> memoryview | None:
 
 
 def _registered_by_value() -> bool:
+    """Return True if the user wants modules pickled by value: plain pickle does not know of that."""
     cloudpickle = sys.modules.get("cloudpickle")
-    return bool(cloudpickle and cloudpickle.list_registry_pickle_by_value())
+    if not cloudpickle:
+        return False
+    registered = cloudpickle.list_registry_pickle_by_value()
+    return bool(registered) and bool(registered - _scripts.keys() - {"__mp_main__"})
 
 
 def _cloudpickle_dumps(
-    value: object, what: str, keep_small: Callable[[pickle.PickleBuffer], bool]
+    value: object,
+    what: str,
+    buffers: list[memoryview] | None,
+    keep_small: Callable[[pickle.PickleBuffer], bool],
 ) -> bytes:
     import cloudpickle
 
+    _register_by_value(cloudpickle)
     try:
-        blob: bytes = cloudpickle.dumps(value, 5, buffer_callback=keep_small)
+        if buffers is None:
+            return cast("bytes", cloudpickle.dumps(value, 5))
+        pieces = _Pieces(buffers)
+        pickler: Any = cloudpickle.Pickler  # its annotations lack buffer_callback
+        pickler(pieces, 5, buffer_callback=keep_small).dump(value)
+        return pieces.join()
     except Exception as error:
         raise Unpicklable(_guilty_part(value, what), f"{type(error).__name__}: {error}") from error
-    return blob
 
 
 def _guilty_part(value: object, what: str, depth: int = 5) -> str:
@@ -234,13 +315,58 @@ def _parts(value: object) -> Iterator[tuple[str, object]]:
 
 def loads(blob: bytes | memoryview, files: Sequence[str] = ()) -> Any:
     """What a pickle and the files beside it stand for."""
-    return pickle.loads(blob, buffers=[map_file(path) for path in files] if files else ())  # noqa: S301 - ours, out of our own 0700 directory
+    if files:
+        return _Unpickler(blob, files).load()
+    return pickle.loads(blob)  # noqa: S301 - ours, out of our own 0700 directory
 
 
-def map_file(path: str) -> mmap.mmap:
-    """A file as memory: shared until written to, then a copy of one's own."""
+class _Unpickler(pickle.Unpickler):
+    """Unpickles what has files beside it: they come in the order in which the pickle refers to them."""
+
+    def __init__(self, blob: bytes | memoryview, files: Sequence[str]) -> None:
+        self._files = iter(files)
+        super().__init__(io.BytesIO(blob), buffers=map(map_file, self._files))
+
+    def persistent_load(self, is_bytes: bool) -> bytes | bytearray:
+        """Reads a `bytes` object, or a `bytearray`, from the next file: see `_Pieces`."""
+        with open(next(self._files), "rb", buffering=0) as file:
+            if is_bytes:
+                return file.readall()
+            content = bytearray(os.fstat(file.fileno()).st_size)
+            rest = memoryview(content)
+            while rest:
+                rest = rest[file.readinto(rest) :]
+            return content
+
+
+def map_file(path: str) -> memoryview:
+    """A file as memory: shared until written to, then a copy of one's own.
+
+    It holds no descriptor, as the mappings of `mmap` do before Python 3.13: a driver that keeps some
+    arrays of each result would run out of them.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
     with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        size = os.fstat(file.fileno()).st_size
+        address = libc.mmap(
+            None,
+            ctypes.c_size_t(size),
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            mmap.MAP_PRIVATE,
+            file.fileno(),
+            ctypes.c_size_t(0),  # an off_t of 0, wherever it has the size of a pointer
+        )
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    # Not at exit: what else runs then may still use the memory.
+    weakref.finalize(
+        memory, libc.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)
+    ).atexit = False
+    return pickle.PickleBuffer(memory).raw()  # as unsigned bytes, which ctypes calls "<B"
 
 
 def write_file(path: str, buffer: bytes | memoryview) -> None:
@@ -291,7 +417,7 @@ def run(
         value = call(function, args)
     except BaseException as error:
         return raised(error)
-    if type(value) in PLAIN:
+    if type(value) in PLAIN and not (type(value) is bytes and len(value) >= LARGE):
         return VALUE, pickle.dumps(value, 5), []
     part = "the return value"
     try:
@@ -330,9 +456,10 @@ def raised(
     said = described(error)
     try:
         blob = dumps(error, "the exception", None)[0]
-    except Exception as reason:
+    except BaseException as reason:  # a __reduce__ may raise anything
         name = f"the exception ({type(error).__qualname__})"
-        return UNREADABLE, pickle.dumps((name, f"{reason}; it was {said}", text)), []
+        because = reason.reason if isinstance(reason, Unpicklable) else described(reason)
+        return UNREADABLE, pickle.dumps((name, f"{because}; it was {said}", text)), []
     return RAISED, pickle.dumps((blob, said, text, importing)), []
 
 
@@ -362,9 +489,9 @@ def described(error: BaseException) -> str:
     """The type and the words of an exception."""
     try:
         words = str(error)
-    except Exception:
-        words = "(its __str__ fails)"
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+        return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    except BaseException:  # a __str__ may raise anything
+        return f"{type(error).__name__}: (its __str__ fails)"
 
 
 def unreadable(part: str, error: BaseException) -> tuple[bytes, bytes, list[str]]:

@@ -23,6 +23,10 @@ def pid() -> int:
     return os.getpid()
 
 
+def is_loaded(name: str) -> bool:
+    return name in sys.modules
+
+
 def fail(message: str) -> NoReturn:
     raise ValueError(message)
 

@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -495,3 +496,35 @@ class TestSlots:
                 batch = scheduler.dispatch([Job(closure(n), args=(1,)) for n in range(300)])
                 values = [r.data async for r in batch.collect(ordered=True)]
                 assert values == [n + 1 for n in range(300)]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_driver_in_a_child_of_multiprocessing(method: str, tmp_path: Path) -> None:
+    """It can use functions and classes of its main script, which it knows as `__mp_main__`."""
+    text = f"""
+        import multiprocessing
+        from aiohypertunity import Job, sync
+
+        class Point:
+            def __init__(self, x):
+                self.x = x
+
+        def point(x):
+            return Point(x)
+
+        def drive():
+            with sync.Scheduler(n_parallel=1) as scheduler:
+                scheduler.dispatch([Job(task=point, args=(3,))])
+                result = scheduler.collect(n_results=1)[0]
+            assert type(result.data) is Point, result
+            assert result.data.x == 3
+
+        if __name__ == "__main__":
+            child = multiprocessing.get_context({method!r}).Process(target=drive)
+            child.start()
+            child.join()
+            raise SystemExit(child.exitcode)
+        """
+    path = script(tmp_path / "main.py", text)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -272,3 +272,62 @@ class TestFunctionsByName:
     def test_a_function_in_a_module(self) -> None:
         """By its dotted name."""
         assert self.load("path.join", module="os")("a", "b") == "a/b"
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_large_bytes_go_to_files(kind: Any, write: Writer) -> None:
+    """Wherever they are in a value, and by either pickle; they come back as what they were."""
+    large = kind(os.urandom(LARGE))
+    for value in (
+        large,
+        {"a": [large, "x" * LARGE, large]},
+        (np.ones(LARGE), large),
+        lambda: large,
+    ):
+        blob, files = _payload.dumps(value, "value", write)
+        back = _payload.loads(blob, files)
+        assert len(blob) < 2 * LARGE
+        assert len(files) == (2 if isinstance(value, tuple) else 1)
+        found = back() if callable(back) else back["a"][2] if isinstance(back, dict) else back
+        found = found[1] if isinstance(found, tuple) else found
+        assert type(found) is kind
+        assert found == large
+    kind_of_reply, blob, files = _payload.run(lambda: lambda: large, tuple, write)
+    assert (kind_of_reply, len(files)) == (VALUE, 1)
+    assert _payload.loads(blob, files) == large
+
+
+def test_arrays_hold_no_descriptors(write: Writer) -> None:
+    """A mapped array is writable, holds no descriptor, and goes with its last user."""
+    blob, files = _payload.dumps(np.ones(LARGE), "array", write)
+    before = len(os.listdir("/proc/self/fd"))
+    arrays = [_payload.loads(blob, files) for _ in range(100)]
+    arrays[0][0] = 7
+    assert arrays[1][0] == 1
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert Path("/proc/self/maps").read_text().count(files[0]) == 100
+    del arrays
+    assert files[0] not in Path("/proc/self/maps").read_text()
+
+
+class Unprintable(Exception):
+    """Raises what no `except Exception` catches, whatever is asked of it."""
+
+    def __str__(self) -> str:
+        raise GeneratorExit
+
+    def __reduce__(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_an_exception_that_raises_more_than_exceptions() -> None:
+    """It is described and reported as one that can't be pickled."""
+
+    def raising() -> None:
+        raise Unprintable
+
+    kind, (part, reason, _) = there_and_back(raising)
+    assert kind == UNREADABLE
+    assert part == "the exception (Unprintable)"
+    assert "KeyboardInterrupt" in reason
+    assert "its __str__ fails" in reason

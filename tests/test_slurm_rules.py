@@ -624,6 +624,24 @@ def test_a_session_of_its_own(tmp_path: Path) -> None:
     assert "0.0.result" in node.names()
 
 
+def test_functions_by_name_need_no_cloudpickle(tmp_path: Path) -> None:
+    """A call by reference, or of a script's function, imports no cloudpickle on its node."""
+    path = tmp_path / "of_a_script.py"
+    path.write_text("import sys\ndef loaded(name): return name in sys.modules")
+    named = _payload.name_function("loaded", path=str(path), module=None)
+    packed = [_payload.pack_function(tasks.is_loaded, None)[0], named]
+    node = Node(tmp_path, *(calling(tmp_path / "node") for _ in packed))
+    payload = pickle.dumps(("cloudpickle",))
+    here = {"python": list(sys.version_info[:2]), "sys_path": sys.path}
+    pack = spool.pack([spool.Packed(function, payload) for function in packed], here)
+    (node.directory / spool.CALLS).write_bytes(pack)
+    for index in range(2):
+        with node.start(index) as process:
+            assert process.wait(60) == 0
+        reply = spool.parse_result((node.directory / f"{index}.0.result").read_bytes())
+        assert _payload.loads(reply.blob) is False
+
+
 def test_any_environment(tmp_path: Path) -> None:
     """A job's environment may have any names, and touches no variable of the script's own."""
     env = (

@@ -129,7 +129,8 @@ def _run(directory: str, index: int, write: _Buffers) -> tuple[bytes, bytes, lis
     def get_args() -> Any:
         payload = call.payload
         if isinstance(payload, str):
-            payload = _payload.map_file(payload)[:]
+            with open(payload, "rb") as file:
+                payload = file.read()
         with _explained():
             return _payload.loads(payload, call.files)
 
