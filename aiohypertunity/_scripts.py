@@ -77,7 +77,15 @@ class Scripts:
         # An eager task (Python 3.12) may be over before this returns.
         task = self._loop.create_task(self._run(entry, run))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        """Forget a task that is over. An interrupt that struck in it was raised by the loop itself."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            context = {"message": "a script's task failed", "exception": error, "task": task}
+            self._loop.call_exception_handler(context)
 
     def stop(self, entry: Entry) -> None:
         """TERM, a grace, KILL."""
