@@ -22,7 +22,8 @@ from . import _failures
 from ._errors import ResultLost
 from ._results import Outcome, Status
 from ._threads import in_thread
-from ._workers import Death, Reply, WorkerProcess
+from ._worker_main import UNKNOWN
+from ._workers import GARBLED, Death, Reply, WorkerProcess
 
 if TYPE_CHECKING:
     from ._calls import Call
@@ -96,21 +97,22 @@ class IsolatedCallables:
 
     def start(self, entry: Entry) -> None:
         """Runs it in an idle worker that fits, or in a new one."""
-        worker = self._worker_for(self._key(entry))
-        entry.place = worker
+        key = self._key(entry)
+        worker = self._worker_for(key)
         try:
-            if not worker.send(entry):
-                raise OSError("there is no room for it in its worker's socket")
+            # The socket of an idle worker has room, unless the last call shut it down.
+            while not worker.send(entry):
+                worker = self._spawn(key)
         except OSError:
-            entry.place = None
             self._idle.append(worker)
             raise
+        entry.place = worker
         self._watch_starts()
 
     def stop(self, entry: Entry) -> None:
         """Kills the worker that runs it; if none does yet, takes it back."""
         worker: WorkerProcess | None = entry.place
-        if worker is None:
+        if worker is None or entry not in worker.calls:  # it was answered, and is being loaded
             return
         unstarted = worker.take_back()
         # In this order: what it has answered by now is over, and nothing else can be running in it.
@@ -238,17 +240,34 @@ class IsolatedCallables:
 
     def _read(self, worker: WorkerProcess) -> None:
         for reply in worker.read():
-            self._pace += (reply.finished_at - reply.started_at - self._pace) / 4
             if worker.calls:
                 self._owner.handed_over(reply.entry, worker.calls[0])
             elif not worker.retired:
                 self._idle.append(worker)
-            if reply.kind == b"O" or self._may_import(reply):
+            if reply.kind == UNKNOWN:
+                self._give_back([reply.entry])
+                continue
+            self._pace += (reply.finished_at - reply.started_at - self._pace) / 4
+            if reply.kind == GARBLED:
+                self._report_garbled(worker, reply)
+            elif reply.kind == b"O" or self._may_import(reply):
                 task = self._loop.create_task(self._fetch(worker.pid, reply))
                 self._loading.add(task)
                 task.add_done_callback(self._loading.discard)
             else:
                 self._finish(worker.pid, reply, *_unpack(reply))
+        if worker.is_garbled:
+            self._dismiss(worker)
+
+    def _dismiss(self, worker: WorkerProcess) -> None:
+        """End a worker that sent what is no reply, once it runs nothing but the call that is to blame."""
+        if worker in self._idle:
+            self._idle.remove(worker)
+        self._give_back(worker.take_back())
+        # Nothing else can start in it now. A second call that it took is past the first one, whose reply is
+        # on its way then.
+        if len(worker.calls) <= 1 and not worker.is_innocent:
+            worker.kill()
 
     def _may_import(self, reply: Reply) -> bool:
         """Whether reading a reply may import modules, which takes its time.
@@ -325,9 +344,11 @@ class IsolatedCallables:
         unstarted = death.unstarted
         if death.guilty is not None:
             self._report_crash(worker, death, death.guilty)
-        elif unstarted and self._n_start_failures >= _START_FAILURES - 1:
+        elif (
+            unstarted and not worker.has_answered and self._n_start_failures >= _START_FAILURES - 1
+        ):
             self._report_crash(worker, death, unstarted.pop(0))
-        elif unstarted:
+        elif unstarted and not worker.has_answered:
             self._n_start_failures += 1
         self._give_back(unstarted)
 
@@ -335,6 +356,8 @@ class IsolatedCallables:
         job, output = entry.job, (death.stdout, death.stderr)
         if death.exit_code is None and death.signal is None:
             error: JobFailed | JobCrashed = _failures.not_started(job, OSError(death.stderr))
+        elif death.is_garbled:
+            error = _failures.garbled(job, *output, signal=death.signal)
         elif death.in_need and death.signal:
             error = _failures.out_of_memory(job, *output, signal=death.signal)
         else:
@@ -355,6 +378,18 @@ class IsolatedCallables:
                 stderr=death.stderr,
             ),
         )
+
+    def _report_garbled(self, worker: WorkerProcess, reply: Reply) -> None:
+        reply.entry.place = None
+        outcome = Outcome(
+            Status.CRASHED,
+            error=_failures.garbled(reply.entry.job),
+            started_at=reply.started_at,
+            finished_at=reply.finished_at,
+            host=self._host,
+            pid=worker.pid,
+        )
+        self._owner.finished(reply.entry, outcome)
 
 
 _ANY = _Key()

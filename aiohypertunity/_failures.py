@@ -113,6 +113,15 @@ def crashed(
     return JobCrashed(message, job=job, exit_code=exit_code, signal=signal)
 
 
+def garbled(job: Job[Any], *streams: str, signal: int | None = None) -> JobCrashed:
+    """While `job` ran its process sent something that was no answer of the worker's."""
+    message = (
+        f"the process of {name(job)} wrote into the socket of its worker, or shut it down, and was ended: "
+        f"leave alone the descriptors that the job did not open{last_lines(*streams)}"
+    )
+    return JobCrashed(message, job=job, signal=signal)
+
+
 def out_of_memory(job: Job[Any], *streams: str, signal: int) -> OutOfMemory:
     """The kernel killed the process of `job` for want of memory."""
     message = (

@@ -30,10 +30,12 @@ from ._guardian import MARK, kill_tree, start_marked
 from ._threads import in_thread
 from ._worker_main import (
     CALL,
-    FUNCTION,
     KNOWN_FUNCTIONS,
     LONGEST,
+    LONGEST_REPLY,
+    REPLIES,
     REPLY,
+    UNKNOWN,
     Extras,
     has_environ,
     raw_environ,
@@ -52,6 +54,9 @@ _BOOTSTRAP = (
     "from aiohypertunity._worker_main import main; main(**given)"
 )
 _AT_ONCE = 64
+GARBLED = b"g"
+"""The kind of reply in place of that to a call during which the worker sent something else as well."""
+
 _NO_ROOM = {errno.EAGAIN, errno.ENOBUFS}
 _PACKETS = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
 
@@ -61,7 +66,7 @@ class Reply(NamedTuple):
 
     Attributes:
         entry: Whose call it was.
-        kind: A kind of reply of `_payload`, or one of `_worker_main` with more to unpack.
+        kind: A kind of reply of `_payload`, or one of `_worker_main` with more to unpack, or `GARBLED`.
         body: Its pickle.
         started_at: When the call started, in seconds since the epoch.
         finished_at: When it ended.
@@ -86,6 +91,7 @@ class Death(NamedTuple):
         stdout: The tail of what the guilty call, or the process before its first call, wrote.
         stderr: The same of stderr.
         in_need: Whether the machine killed something for want of memory meanwhile.
+        is_garbled: True if it was killed for something that was no reply to the guilty call.
     """
 
     exit_code: int | None
@@ -96,6 +102,7 @@ class Death(NamedTuple):
     stdout: str
     stderr: str
     in_need: bool
+    is_garbled: bool = False
 
 
 class WorkerProcess:
@@ -113,6 +120,8 @@ class WorkerProcess:
         acknowledged: Whether the start of the first one was reported.
         used: Whether it was ever given a call.
         retired: Whether it is to have no more.
+        has_answered: True once it has answered a call.
+        is_garbled: True once it has sent what is no reply: nothing else that it sends can be relied on.
         gone: A future that is done after `on_death`.
     """
 
@@ -130,6 +139,8 @@ class WorkerProcess:
         self.acknowledged = False
         self.used = False
         self.retired = False
+        self.has_answered = False
+        self.is_garbled = False
         self._rundir = rundir
         self._cwd = present_directory() or "/"
         self._path = list(sys.path)
@@ -151,7 +162,8 @@ class WorkerProcess:
         self._next_number = 1
         self._next_function = 1
         self._known: dict[object, int] = {}
-        self._killed = False
+        self._suspect: int | None = None
+        self._killed = self._ended = False
         self._n_oom_kills = 0
         self._loop.add_reader(self._ours, on_replies, self)
         self.gone = self._loop.create_task(self._live())
@@ -167,59 +179,58 @@ class WorkerProcess:
         call: Call = entry.call
         cwd = None if call.cwd == self._cwd else call.cwd
         logs, payload = entry.log_path, call.payload
+        key = _function_key(call) if call.packed.shared else call.packed.blob
+        function, introduction = self._known.get(key), b""
+        if function is None:
+            function, introduction = self._next_function, _introduction(call)
+        kind = b"c"
+        if call.shared or call.chunk or cwd or logs or not isinstance(payload, bytes):
+            kind, payload = b"C", pickle.dumps(tuple(_extras(call, cwd, logs)))
+        packet = CALL.pack(kind, self._next_number, function, len(introduction)) + payload
+        if introduction:
+            packet = packet[: CALL.size] + introduction + payload
+        if len(packet) > LONGEST:
+            raise OSError(errno.EMSGSIZE, "its call has too many large parts")
         try:
-            function = self._number_of_function(call)
-            if call.shared or call.chunk or cwd or logs or not isinstance(payload, bytes):
-                body = pickle.dumps(tuple(_extras(call, cwd, logs)))
-                self._ours.send(CALL.pack(b"C", self._next_number, function) + body)
-            else:
-                self._ours.send(CALL.pack(b"c", self._next_number, function) + payload)
+            self._ours.send(packet)
+        except ConnectionError:  # a call shut the socket down, and nothing has come of it yet
+            self.kill()
+            return False
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
-            self._forget(self._next_function - 1)  # its file may be gone when this is tried again
             return False
+        if introduction:
+            self._note_known(key)
         self.used = True
         self.calls.append(entry)
         self._numbers.append(self._next_number)
         self._next_number += 1
         return True
 
-    def _number_of_function(self, call: Call) -> int:
-        files = call.function_files if call.packed.shared else None
-        # The bytes themselves are the key: Python remembers their hash.
-        key: object = (call.function, *files) if files else call.function
-        number = self._known.get(key)
-        if number is not None:
-            return number
-        number = self._next_function
-        stored = call.packed.stored
-        if stored or files:
-            blob = stored.path if stored else call.function
-            packet = FUNCTION.pack(b"F", number) + pickle.dumps((blob, files or []))
-        else:
-            packet = FUNCTION.pack(b"f", number) + call.function
-        self._ours.send(packet)
+    def _note_known(self, key: object) -> None:
+        """Note that a function was introduced, and so another one replaced."""
+        replaced = self._next_function - KNOWN_FUNCTIONS
+        oldest = next(iter(self._known), None)
+        if oldest is not None and self._known[oldest] <= replaced:
+            del self._known[oldest]
+        self._known[key] = self._next_function
         self._next_function += 1
-        if len(self._known) >= KNOWN_FUNCTIONS:
-            del self._known[next(iter(self._known))]
-        self._known[key] = number
-        return number
 
     def take_back(self) -> list[Entry]:
         """Takes back all calls that it hasn't taken itself."""
         taken = set()
         while True:
             try:
-                packet = self._theirs.recv(LONGEST, socket.MSG_DONTWAIT)
+                packet = self._theirs.recv(CALL.size, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             if not packet:  # it was retired
                 break
-            if packet[:1] in (b"c", b"C"):
-                taken.add(CALL.unpack_from(packet)[1])
-            else:
-                self._forget(FUNCTION.unpack_from(packet)[1])
+            _, number, function, length = CALL.unpack(packet)
+            taken.add(number)
+            if length:
+                self._known = {key: n for key, n in self._known.items() if n != function}
         if not taken:
             return []
         pairs = list(zip(self._numbers, self.calls, strict=True))
@@ -228,31 +239,49 @@ class WorkerProcess:
         self.calls = deque(entry for _, entry in kept)
         return [entry for number, entry in pairs if number in taken]
 
-    def _forget(self, number: int) -> None:
-        self._known = {key: known for key, known in self._known.items() if known != number}
-
     def read(self) -> Iterator[Reply]:
-        """What it has answered, as much as the loop may be held for."""
-        for _ in range(min(len(self.calls), _AT_ONCE)):
+        """Yield what it has answered, as much as the loop may be held for.
+
+        A packet that is no reply to the first of its calls is evidence against that call: the reply that may
+        yet come is `GARBLED`. The worker gets no more calls; the replies to those it has taken are sound.
+        """
+        # Once at least: whatever comes while it has no call is no reply.
+        for _ in range(min(len(self.calls), _AT_ONCE) or 1):
             try:
-                packet = self._ours.recv(LONGEST)
+                packet = self._ours.recv(LONGEST_REPLY)
             except BlockingIOError:
                 return
-            if not packet:
-                return
-            kind, _, started_at, finished_at = REPLY.unpack_from(packet)
+            if len(packet) < REPLY.size or not self._numbers:
+                self._suspect_call(packet)
+                continue
+            kind, number, started_at, finished_at = REPLY.unpack_from(packet)
+            if number != self._numbers[0] or kind not in REPLIES:
+                self._suspect_call(packet)
+                continue
             self._numbers.popleft()
+            self.has_answered = True
+            entry = self.calls.popleft()
+            if number == self._suspect:
+                kind = GARBLED
+            elif kind == UNKNOWN:
+                self._known.pop(_function_key(entry.call), None)
             if self.acknowledged:
                 self.acknowledged = False
                 self._capture.unwatch()
                 self._capture.forget()
-            yield Reply(
-                self.calls.popleft(),
-                kind,
-                memoryview(packet)[REPLY.size :],
-                started_at,
-                finished_at,
-            )
+            body = memoryview(packet)[REPLY.size :]
+            yield Reply(entry, kind, body, started_at, finished_at)
+
+    def _suspect_call(self, packet: bytes) -> None:
+        self.retired = self.is_garbled = True
+        self._suspect = self._numbers[0] if self._numbers else None
+        if not packet:  # shut down: there is nothing more to come, and always something to read
+            self._loop.remove_reader(self._ours)
+
+    @property
+    def is_innocent(self) -> bool:
+        """True if there is no evidence against the first of its calls."""
+        return bool(self._numbers) and self._numbers[0] != self._suspect
 
     @property
     def is_current(self) -> bool:
@@ -271,7 +300,7 @@ class WorkerProcess:
     def kill(self) -> None:
         """Kills its process group. The rest of its tree goes before `on_death`."""
         self.retired = self._killed = True
-        if self.pid is not None:
+        if self.pid is not None and not self._ended:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -302,6 +331,7 @@ class WorkerProcess:
         if self._killed:
             self.kill()
         status = await exit_status(process)
+        self._ended = True
         await in_thread(kill_tree, process.pid, self._mark)
         self._rundir.unguard(process.pid)
         self._bury(status)
@@ -342,6 +372,7 @@ class WorkerProcess:
             self._on_replies(self)
         since = self.running_since
         unstarted = self.take_back()
+        is_garbled = bool(self.calls) and not self.is_innocent
         guilty = self.calls.popleft() if self.calls else None
         if guilty is not None and guilty.log_path is not None:
             logs = [str(path) for path in log_files(guilty.log_path)]
@@ -351,7 +382,10 @@ class WorkerProcess:
             stdout, stderr = self._capture.tails(starts)
         in_need = status == -signal.SIGKILL and _n_oom_kills() > self._n_oom_kills
         exit_code, number = (status, None) if status >= 0 else (None, -status)
-        self._close(Death(exit_code, number, guilty, since, unstarted, stdout, stderr, in_need))
+        death = Death(
+            exit_code, number, guilty, since, unstarted, stdout, stderr, in_need, is_garbled
+        )
+        self._close(death)
 
     def _has_answered(self) -> bool:
         try:
@@ -371,6 +405,20 @@ class WorkerProcess:
         self._capture.unwatch()
         self._capture.remove()
         self._on_death(self, death)
+
+
+def _function_key(call: Call) -> object:
+    """Return what tells the function of a call from others."""
+    # The bytes themselves are the key: Python remembers their hash.
+    return (call.function, *call.function_files) if call.packed.shared else call.function
+
+
+def _introduction(call: Call) -> bytes:
+    """Return what introduces the function of a call to a worker."""
+    stored, files = call.packed.stored, call.function_files
+    if stored or files:
+        return b"F" + pickle.dumps((stored.path if stored else call.function, files))
+    return b"f" + call.function
 
 
 def _extras(call: Call, cwd: Any, log_path: Path | None) -> Extras:

@@ -257,3 +257,104 @@ def return_lock() -> Any:
 
 def return_unloadable(kind: type[BaseException] = ValueError) -> Any:
     return Unloadable(kind)
+
+
+# What a job may leave behind in its process.
+
+
+def close_socket_for_another() -> Any:
+    """Closes the sockets of its process, and opens others that get the numbers of their descriptors."""
+    import socket
+
+    for name in os.listdir("/proc/self/fd"):
+        path = f"/proc/self/fd/{name}"
+        if os.path.exists(path) and os.readlink(path).startswith("socket:"):
+            os.close(int(name))
+    _kept.append(socket.socketpair())
+
+
+_kept: list[Any] = []
+
+
+def ignore(*_: object) -> None:
+    pass
+
+
+def _limit(name: str, value: int) -> None:
+    import resource
+
+    number = getattr(resource, name)
+    resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
+
+
+def _mask() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGCHLD})
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _dump_later() -> None:
+    import faulthandler
+
+    faulthandler.dump_traceback_later(0.1, repeat=True)
+
+
+LEAKS = {
+    "ITIMER_REAL": lambda: signal.setitimer(signal.ITIMER_REAL, 0.1),
+    "ITIMER_VIRTUAL": lambda: signal.setitimer(signal.ITIMER_VIRTUAL, 0.1),
+    "ITIMER_PROF": lambda: signal.setitimer(signal.ITIMER_PROF, 0.1),
+    "SIGCHLD": lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+    "SIGRTMIN": lambda: signal.signal(signal.SIGRTMIN, ignore),
+    "SIGINT": lambda: signal.signal(signal.SIGINT, ignore),
+    "SIGPIPE": lambda: signal.signal(signal.SIGPIPE, signal.SIG_DFL),
+    "mask": _mask,
+    "umask": lambda: os.umask(0o777),
+    "RLIMIT_NOFILE": lambda: _limit("RLIMIT_NOFILE", 64),
+    "RLIMIT_FSIZE": lambda: _limit("RLIMIT_FSIZE", 1 << 20),
+    "RLIMIT_CORE": lambda: _limit("RLIMIT_CORE", 1 << 20),
+    "recursion limit": lambda: sys.setrecursionlimit(12_345),
+    "faulthandler": _dump_later,
+}
+
+
+def leak(name: str) -> int:
+    LEAKS[name]()
+    return os.getpid()
+
+
+def state() -> dict[str, Any]:
+    """What a job finds in its process."""
+    import resource
+
+    limits = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    threads_own = 0b11 << 31  # the C library handles these two once there is a thread
+    os.umask(mask := os.umask(0))
+    return {
+        "pid": os.getpid(),
+        "handlers": [str(signal.getsignal(number)) for number in signal.valid_signals()],
+        "signals": [
+            int(status[name], 16) & ~threads_own
+            for name in ("SigPnd", "SigBlk", "SigIgn", "SigCgt")
+        ],
+        "timers": [signal.getitimer(number) for number in range(3)],
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in limits},
+        "umask": mask,
+        "recursion limit": sys.getrecursionlimit(),
+    }
+
+
+def burn(seconds: float) -> None:
+    """Keeps a CPU busy: the timers of a process count its CPU time."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def lower_a_hard_limit() -> int:
+    """Lowers a limit for good: root gives up the right to raise it."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    return os.getpid()
