@@ -72,6 +72,9 @@ REPLIES = frozenset({_payload.VALUE, _payload.RAISED, _payload.UNREADABLE, b"o",
 """All kinds of reply."""
 
 _TRIM = 1 << 20
+_RLIMIT_LOCKS = 10
+"""The limit by which `_guardian` knows a tree; the `resource` module has no name for it."""
+
 _SIGNALS = sorted(map(int, signal.valid_signals()))
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _LONG = 0.0005
@@ -210,6 +213,8 @@ class Surroundings:
         if not was_imported:
             del sys.modules["resource"]
         numbers = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+        if sys.platform == "linux":
+            numbers.add(_RLIMIT_LOCKS)
         self._resource, self._limited = resource, sorted(numbers)
         self.keep()
 
