@@ -73,6 +73,8 @@ class Cancelled:
 class LinkDown:
     """The connection to a cluster is lost; its jobs go on, and so do we once it's back.
 
+    It comes once more, with another reason, if the host then shows a key that isn't trusted.
+
     Attributes:
         reason: What was seen of it.
     """

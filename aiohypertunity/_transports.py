@@ -40,6 +40,10 @@ class LinkLost(TransportError):
     """
 
 
+class Distrusted(LinkLost):
+    """The host shows another key than before, which only a person can resolve."""
+
+
 _TEMPORARY = {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """What a machine says that has too much to do at the moment."""
 

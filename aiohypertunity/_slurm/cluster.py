@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .._errors import SubmitError, TransportError
 from .._threads import in_thread
-from .._transports import LinkLost, Transport, transport_to
+from .._transports import Distrusted, LinkLost, Transport, transport_to
 from . import shell, text
 from .nodecode import node_code
 from .pace import Budget
@@ -75,6 +75,7 @@ class Cluster:
         self._say = say
         self._loop = asyncio.get_running_loop()
         self._link_lost_at: float | None = None
+        self._is_distrusted = False
         self._paused = 0.0
         self._transport: Transport = transport_to(slurm, emit, directory)
         self.host = self._transport.host
@@ -105,9 +106,12 @@ class Cluster:
 
     def link_down(self, error: LinkLost) -> None:
         """Stops the clock."""
+        is_distrusted = isinstance(error, Distrusted)
+        if self._link_lost_at is None or (is_distrusted and not self._is_distrusted):
+            self._say(str(error))
         if self._link_lost_at is None:
             self._link_lost_at = self._loop.time()
-            self._say(str(error))
+        self._is_distrusted = is_distrusted
         limit = self._slurm.give_up_after
         if limit is not None and self._loop.time() - self._link_lost_at > limit:
             words = f"the link to {self.host} was down for more than {limit:g} s: {error}"
