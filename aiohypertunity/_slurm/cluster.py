@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .._errors import SubmitError, TransportError
 from .._threads import in_thread
 from .._transports import Distrusted, LinkLost, Transport, transport_to
-from . import shell, text
+from . import shell, text, trust
 from .nodecode import node_code
 from .pace import Budget
 
@@ -38,8 +38,9 @@ PATIENCE = 30.0
 _SPOOL_MARK = "aiohypertunity-spool:"
 _PREPARE = f"""\
 umask 077
-mkdir -p {{workdir}} && cd {{workdir}} && mkdir -p {{run}} || exit 1
+mkdir -p {{workdir}} && cd {{workdir}} && mkdir -p -m 700 {{run}} || exit 1
 echo "{_SPOOL_MARK}$PWD/{{run}}"
+{{directories}}
 {{site}}
 """
 
@@ -144,7 +145,7 @@ class Cluster:
 
     async def get(self, files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
         """Reads files; says in its place why one can't be read."""
-        return await self._noted(self._transport.get(files))
+        return await self._noted(self._transport.get(files, guard=self.directory))
 
     async def fetch(self, path: str) -> str:
         """Brings a large file here."""
@@ -169,27 +170,38 @@ class Cluster:
         """Makes the directory of the run and learns about the site, once."""
         if self.directory:
             return
-        command = _PREPARE.format(workdir=self.workdir(), run=self.run, site=text.SITE_COMMAND)
+        command = _PREPARE.format(
+            workdir=self.workdir(),
+            run=self.run,
+            directories=trust.DIRECTORIES_COMMAND,
+            site=text.SITE_COMMAND,
+        )
         done = await self.through(lambda: self.command(command))
         found = done.stdout.partition(_SPOOL_MARK)[2].partition("\n")[0]
         if not found:
-            words = text.last_words(done.stderr)
-            raise TransportError(
-                f"the work directory {self._slurm.workdir or '~/.aiohypertunity'} can't be used: {words}; "
-                "name another by Slurm(workdir=...) that the nodes see too"
-            )
+            raise self._unusable(text.last_words(done.stderr))
+        unsafe = trust.unsafe(done.stdout)
         hopeless = text.hopeless(done.stdout)
-        if hopeless is not None:
+        if unsafe is not None or hopeless is not None:
             with contextlib.suppress(TransportError):
                 await self.shell(shell.remove_tree(found))
+        if hopeless is not None:
             raise SubmitError(
                 f"Slurm can't be used here: {hopeless}; `python -m aiohypertunity doctor` looks closer"
             )
+        if unsafe is not None:
+            raise self._unusable(unsafe)
         self.site = text.parse_site(done.stdout)
         files = await in_thread(node_code)
         placed = {f"{found}/node/{name}": content for name, content in files.items()}
         await self.through(lambda: self.put(placed))
         self.directory = found
+
+    def _unusable(self, why: str) -> TransportError:
+        return TransportError(
+            f"the work directory {self._slurm.workdir or '~/.aiohypertunity'} can't be used: {why}; "
+            "or name another by Slurm(workdir=...) that the nodes see too"
+        )
 
     def workdir(self) -> str:
         """The work directory, as a word for the shell there."""

@@ -351,6 +351,8 @@ trap 'kill $reader; exit' TERM
 while [ $age -lt 60000 ]; do
     changed=
     for sub in s[0-9]*; do
+        # The name is evaluated below.
+        case ${{sub#s}} in *[!0-9]*) continue ;; esac
         cd "$ht_dir/$sub" 2>/dev/null || continue
         set -- [0-9]*
         cd "$ht_dir" || exit 1

@@ -258,7 +258,6 @@ class Link:
             self._emit(LinkDown(self.host, time.time(), reason))
         return LinkLost(reason)
 
-
     def _lose_trust(self, reason: str) -> Distrusted:
         """Return the error of a host that shows another key than before; report that once.
 
