@@ -23,6 +23,7 @@ What to run is a `Job` or a `SlurmJob`; a `Scheduler` runs it and gives back a `
     _calls       calls as they are at dispatch
     _threads     blocking work of ours
     _guardian    nothing outlives us
+    _sigterm     SIGTERM while there are jobs on a cluster
     _rundir      what a scheduler has on this machine
     _worker_main, _capture, _workers, _callables, _joblib
                  callables: in isolated workers, or through a joblib backend

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 import anyio
 from anyio.from_thread import BlockingPortal
 
-from . import _handles, _scheduler
+from . import _handles, _scheduler, _sigterm
 from ._failures import name
 
 if TYPE_CHECKING:
@@ -257,6 +257,7 @@ class Scheduler:
             except KeyboardInterrupt as error:
                 interrupt = error
         self._portal.close()
+        _sigterm.restore()
         if interrupt is not None:
             raise interrupt
 
@@ -276,7 +277,9 @@ class Scheduler:
 
     def dispatch(self, jobs: Job[T] | Iterable[Job[T]], *, private: bool = False) -> Batch[T]:
         """See `aiohypertunity.Scheduler.dispatch`. Their calls are packed in this thread."""
-        return Batch(self._scheduler.dispatch(jobs, private=private), self._portal)
+        batch = self._scheduler.dispatch(jobs, private=private)
+        _sigterm.install()
+        return Batch(batch, self._portal)
 
     def map(
         self,

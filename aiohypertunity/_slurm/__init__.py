@@ -23,6 +23,7 @@ state       what the loops share
 submitter, watcher, looker, arbiter, canceller, reader
             a loop each: queue to arrays, names in the spool, squeue, verdicts, scancel, outcomes
 accounting  sacct, where there is any
+lease       who drives a run; runs that were left behind
 executor    all of them together
 """
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .._errors import SubmitError, TransportError
 from .._threads import in_thread
 from .._transports import Distrusted, LinkLost, Transport, transport_to
-from . import shell, text, trust
+from . import lease, shell, text, trust
 from .nodecode import node_code
 from .pace import Budget
 
@@ -39,6 +39,8 @@ _SPOOL_MARK = "aiohypertunity-spool:"
 _PREPARE = f"""\
 umask 077
 mkdir -p {{workdir}} && cd {{workdir}} && mkdir -p -m 700 {{run}} || exit 1
+printf '%s\\n' {{lease}} >{{run}}/lease || exit 1
+{{others}}
 echo "{_SPOOL_MARK}$PWD/{{run}}"
 {{directories}}
 {{site}}
@@ -59,6 +61,8 @@ class Cluster:
         host: Its name; None for this machine.
         run: The name of the run: of its jobs, and of its directory.
         directory: Where its files are there; empty before `prepare`.
+        prepared: Set after `prepare`.
+        has_others: Whether other runs had leases in the work directory then.
         site: What the cluster is like.
         budget: What RPCs may be spent.
     """
@@ -82,6 +86,9 @@ class Cluster:
         self.host = self._transport.host
         self.run = f"ht-{secrets.token_hex(6)}"
         self.directory = ""
+        self.prepared = asyncio.Event()
+        self.has_others = False
+        self._driver: lease.Driver | None = None
         self.site = text.Site()
         self.budget = Budget()
 
@@ -170,9 +177,12 @@ class Cluster:
         """Makes the directory of the run and learns about the site, once."""
         if self.directory:
             return
+        self._driver = await in_thread(lease.this_driver)
         command = _PREPARE.format(
             workdir=self.workdir(),
             run=self.run,
+            lease=shlex.quote(self.lease()),
+            others=lease.OTHERS_COMMAND,
             directories=trust.DIRECTORIES_COMMAND,
             site=text.SITE_COMMAND,
         )
@@ -196,6 +206,13 @@ class Cluster:
         placed = {f"{found}/node/{name}": content for name, content in files.items()}
         await self.through(lambda: self.put(placed))
         self.directory = found
+        self.has_others = lease.OTHERS in done.stdout
+        self.prepared.set()
+
+    def lease(self) -> str:
+        """The run's lease, as of now; after `prepare` has begun."""
+        assert self._driver is not None
+        return lease.format_lease(self.run, self._driver, keep=self._slurm.keep is not None)
 
     def _unusable(self, why: str) -> TransportError:
         return TransportError(

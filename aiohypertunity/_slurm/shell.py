@@ -333,7 +333,8 @@ def watcher(directory: str) -> str:
     """The command that says which names are in the submissions below `directory`.
 
     Each line is the name of a submission's directory and all names of interest in it; a directory
-    is listed again only when it has changed. It wants a line on its stdin well within a minute.
+    is listed again only when it has changed. It wants a line on its stdin well within a minute; one that
+    isn't empty becomes the lease in `directory`.
     """
     return _WATCHER.format(directory=shlex.quote(directory))
 
@@ -345,7 +346,10 @@ LC_ALL=C
 cd {directory} || exit 1
 ht_dir=$PWD quiet=0 age=0
 exec 3<&0
-(while read -r line; do kill -s USR1 $$; done; kill -s TERM $$) <&3 >/dev/null 2>&1 & reader=$!
+(while read -r line; do
+    kill -s USR1 $$
+    [ -z "$line" ] || {{ printf '%s\\n' "$line" >lease.new && mv lease.new lease; }}
+done; kill -s TERM $$) <&3 >/dev/null 2>&1 & reader=$!
 trap 'age=0' USR1
 trap 'kill $reader; exit' TERM
 while [ $age -lt 60000 ]; do
