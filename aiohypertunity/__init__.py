@@ -23,6 +23,7 @@ What to run is a `Job` or a `SlurmJob`; a `Scheduler` runs it and delivers a `Re
     _calls       calls, packed at dispatch
     _threads     threads for blocking work
     _guardian    ends the processes of a run whose driver is gone
+    _sigterm     SIGTERM of a driver that has jobs on a cluster
     _rundir      the directories of a scheduler on this machine
     _worker_main, _capture, _workers, _callables, _joblib
                  callables, in isolated workers or through a joblib backend

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._errors import HypertunityError, TransportError
-from ._slurm import Slurm, text
+from ._slurm import Slurm, text, trust
 from ._slurm.cluster import Cluster
 
 if TYPE_CHECKING:
@@ -107,13 +107,16 @@ async def _accounting(cluster: Cluster, site: text.Site) -> Check:
 async def _workdir(cluster: Cluster) -> Check:
     path = cluster.workdir()
     command = f"umask 077; mkdir -p {path} && cd {path} && : >doctor.$$ && rm doctor.$$ && pwd && df -Pk . | tail -1"
-    found = await _run(cluster, command)
+    found = await _run(cluster, f"{{ {command}; }} || exit 1\n{trust.DIRECTORIES_COMMAND}")
     if not found.ok:
         words = text.last_words(found.stderr)
         return Check(
             "work directory", False, f"can't be written: {words}; name another by --workdir"
         )
-    directory, _, disk = found.stdout.partition("\n")
+    unsafe = trust.unsafe(found.stdout)
+    if unsafe is not None:
+        return Check("work directory", False, f"{unsafe}; or name another by --workdir")
+    directory, disk = found.stdout.split("\n")[:2]
     columns = disk.split()
     free = (
         f", {int(columns[3]) / (1 << 20):.1f} GB free"

@@ -90,6 +90,8 @@ class Cancelled:
 class Held:
     """Somebody holds a job back in a cluster's queue: it waits until they release it.
 
+    It comes once more, with another reason, if the host then shows a key that isn't trusted.
+
     Attributes:
         reason: The cluster's words for it, such as `JobHeldUser`.
     """

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import anyio
 
-from . import _failures
+from . import _failures, _sigterm
 from ._callables import IsolatedCallables, available_cpus
 from ._calls import Call, Packer, ScriptCall
 from ._errors import JobCrashed, JobFailed, JobTimeout, PayloadError
@@ -185,6 +185,7 @@ class Scheduler:
             raise RuntimeError("this scheduler was started before: make another one")
         self._loop = _running_loop()
         self._home = Home()
+        self._opener = asyncio.current_task()
         self._thread = threading.get_ident()
         self._started_at = time.monotonic()
         try:
@@ -258,6 +259,27 @@ class Scheduler:
             self._pool.wake_all()
             for stream in tuple(self._streams):
                 stream.wake()
+            _sigterm.release(self)
+
+    def _leave_soon(self) -> bool:
+        """Begin to leave as if whoever started this was interrupted; safe in a signal's handler.
+
+        Returns:
+            False if the loop doesn't run, and so nothing will happen.
+        """
+        if self._loop is None or not self._loop.is_running():
+            return False
+        self._loop.call_soon_threadsafe(self._begin_leaving)
+        return True
+
+    def _begin_leaving(self) -> None:
+        assert self._loop is not None
+        if self._opener is not None and not self._opener.done():
+            self._opener.cancel()
+        self._is_ending = True
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._close())
+        self._changed.set()
 
     async def _cancel_everything(self) -> None:
         """Cancels all jobs, as many at a time as the loop may be held for."""
@@ -515,6 +537,7 @@ class Scheduler:
         if isinstance(job, SlurmJob):
             if self._slurm_executor is None:
                 self._slurm_executor = self._make_slurm()
+                _sigterm.guard(self, self._leave_soon)
             return self._slurm_executor
         return self._scripts if isinstance(job.target, ScriptRef) else self._callables
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -38,6 +39,10 @@ class LinkLost(TransportError):
 
     Nobody knows what became of a command under way.
     """
+
+
+class Distrusted(LinkLost):
+    """The host shows another key than before, which only a person can resolve."""
 
 
 _TEMPORARY = {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -110,8 +115,15 @@ class Transport(Protocol):
             TransportError: They can't all be written: the disk is full, say.
         """
 
-    async def get(self, files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
+    async def get(
+        self, files: Sequence[Wanted], *, guard: str | None = None
+    ) -> list[bytes | TransportError | None]:
         """Reads files.
+
+        Args:
+            files: Which.
+            guard: A directory. Nothing is read unless it belongs to this user and nobody else can write
+                in it.
 
         Returns:
             What each holds; None for one that isn't there; and, not raised, a TransportError for one
@@ -119,7 +131,7 @@ class Transport(Protocol):
 
         Raises:
             LinkLost: Nothing can be read now.
-            TransportError: Nothing can be read at all.
+            TransportError: Nothing can be read at all: it may be somebody else's, say.
         """
         ...
 
@@ -186,9 +198,11 @@ class LocalShell:
             kind = LinkLost if error.errno in _TEMPORARY else TransportError
             raise kind(f"can't write {error.filename}: {error.strerror}") from error
 
-    async def get(self, files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
+    async def get(
+        self, files: Sequence[Wanted], *, guard: str | None = None
+    ) -> list[bytes | TransportError | None]:
         """As `Transport.get`."""
-        return await in_thread(_read_all, files)
+        return await in_thread(_read_all, files, guard)
 
     async def fetch(self, path: str) -> str:
         """As `Transport.fetch`."""
@@ -319,27 +333,73 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _read_all(files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
-    return [_read(wanted) for wanted in files]
+def not_ours(guard: str) -> TransportError:
+    """Return the error of a directory in which others may have put what is to be read."""
+    return TransportError(
+        f"{guard} is not a directory of this user's alone any more, and what lies in it is not read: "
+        "see who else can write in the directories above it"
+    )
 
 
-def _read(wanted: Wanted) -> bytes | TransportError | None:
+def _read_all(files: Sequence[Wanted], guard: str | None) -> list[bytes | TransportError | None]:
+    if guard is None:
+        return [_read(wanted.path, wanted.last) for wanted in files]
+    with contextlib.ExitStack() as stack:
+        directory = _open_own(guard)
+        if directory is not None:
+            stack.callback(os.close, directory)
+        contents: list[bytes | TransportError | None] = []
+        for path, last in files:
+            below = path.removeprefix(f"{guard}/")
+            if below == path:
+                contents.append(_read(path, last))
+            elif directory is None:
+                contents.append(None)
+            else:
+                contents.append(_read(below, last, directory))
+        return contents
+
+
+def _open_own(path: str) -> int | None:
+    """Open a directory that nobody else can write in; return None if it isn't there.
+
+    What is renamed into its place later is not what its descriptor leads to.
+    """
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in _TEMPORARY:
+            raise LinkLost(f"can't read {path}: {error.strerror}") from error
+        raise not_ours(path) from error
+    if not _is_ours(os.fstat(directory)):
+        os.close(directory)
+        raise not_ours(path)
+    return directory
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _read(path: str, last: int | None, within: int | None = None) -> bytes | TransportError | None:
     try:
         # Not blocking: a FIFO would wait for somebody to write.
-        with open(wanted.path, "rb", opener=_at_once) as file:
+        with open(path, "rb", opener=functools.partial(_at_once, within=within)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return TransportError(f"can't read {wanted.path}: it isn't a regular file")
-            if wanted.last is not None:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - wanted.last))
+                return TransportError(f"can't read {path}: it isn't a regular file")
+            if last is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - last))
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        words = f"can't read {wanted.path}: {error.strerror}"
+        words = f"can't read {path}: {error.strerror}"
         if error.errno in _TEMPORARY:
             raise LinkLost(words) from error
         return TransportError(words)
 
 
-def _at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
+def _at_once(path: str, flags: int, within: int | None = None) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, dir_fd=within)

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 import anyio
 from anyio.from_thread import BlockingPortal
 
-from . import _handles, _scheduler
+from . import _handles, _scheduler, _sigterm
 from ._failures import name
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ class Scheduler:
             except KeyboardInterrupt as error:
                 interrupt = error
         self._portal.close()
+        _sigterm.restore()
         if interrupt is not None:
             raise interrupt
 
@@ -287,7 +288,9 @@ class Scheduler:
 
         Calls are pickled in the calling thread.
         """
-        return Batch(self._scheduler.dispatch(jobs, private=private), self._portal)
+        batch = self._scheduler.dispatch(jobs, private=private)
+        _sigterm.install()
+        return Batch(batch, self._portal)
 
     def map(
         self,

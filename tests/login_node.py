@@ -116,6 +116,17 @@ class LoginNode:
         if sshd is not None:
             sshd.close()
 
+    def swap_host_key(self) -> None:
+        """Show another key from the next `start` on, or the former one again if this was called before."""
+        key, other, spare = (self._public / name for name in ("host_key", "other_key", "spare_key"))
+        if not other.exists():
+            subprocess.run(
+                [program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", other], check=True
+            )
+        key.rename(spare)
+        other.rename(key)
+        spare.rename(other)
+
     def stop(self) -> None:
         """Kill everything, and remove the user and the home directory."""
         self.kill()

@@ -113,6 +113,47 @@ async def test_link_fails_while_jobs_run(
     assert runs(node) == Counter("0123")
 
 
+async def test_host_key_changes_while_jobs_run(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """A login node that comes back with another key is refused and waited for; no job fails because of it."""
+    with LoginNode(tmp_path, env=environment(cluster)) as node:
+        async with ht.Scheduler(1, slurm=slurm_at(node, cluster)) as scheduler:
+            events = scheduler.events()
+            running, waiting = scheduler.dispatch(
+                [
+                    ht.SlurmJob(tell, (1, 2.0)),
+                    ht.SlurmJob(tell, (2,), meta={"options": {"begin": "now+15"}}),
+                ]
+            )
+            await running.wait_started()
+            node.kill()
+            node.swap_host_key()
+            node.start()
+            async with asyncio.timeout(30):
+                async for event in events:
+                    if isinstance(event, ht.LinkDown) and "has CHANGED" in event.reason:
+                        break
+            await until(lambda: "has CHANGED" in str(waiting.pending_reason))
+            assert running.status is ht.Status.RUNNING
+            node.kill()
+            node.swap_host_key()
+            node.start()
+            assert [(await handle).data for handle in (running, waiting)] == [1, 2]
+        assert runs(node) == Counter("12")
+
+
+async def test_wrong_host_key_at_first(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """A host that shows a wrong key when it is first connected fails the jobs at once."""
+    with LoginNode(tmp_path, env=environment(cluster)) as node:
+        node.kill()
+        node.swap_host_key()
+        node.start()
+        async with ht.Scheduler(1, slurm=slurm_at(node, cluster)) as scheduler:
+            [handle] = scheduler.dispatch(ht.SlurmJob(tell, (1,)))
+            result = await asyncio.wait_for(handle, 20)
+        assert type(result.error) is ht.TransportError
+        assert "has CHANGED" in str(result.error)
+
+
 async def test_link_fails_while_jobs_are_submitted(
     node: LoginNode, cluster: SlurmCluster, link: Link
 ) -> None:

@@ -4,6 +4,7 @@ Rules, which touch nothing:
 options     what users may ask for, as options of sbatch
 shell       what shells run there: the batch script, the watcher of the spool
 text        Slurm's commands: their lines out, what they say in
+trust       who could replace what lies in a directory
 verdict     what became of a job, from evidence
 pace        when to look at the cluster
 report      a verdict as an outcome, with an error that says what happened
@@ -23,6 +24,7 @@ submitter, watcher, looker, arbiter, canceller, reader
             a loop each: queue to arrays, names in the spool, squeue, verdicts, scancel, outcomes
 rescue      what Slurm has lost or cannot launch: stopped, or submitted again
 accounting  sacct, where there is any
+lease       who drives a run; runs that were left behind
 executor    all of them together
 """
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .._errors import SubmitError, TransportError
 from .._threads import in_thread
-from .._transports import LinkLost, Transport, transport_to
-from . import shell, text
+from .._transports import Distrusted, LinkLost, Transport, transport_to
+from . import lease, shell, text, trust
 from .nodecode import node_code
 from .pace import LOOK, Budget
 
@@ -38,8 +38,11 @@ PATIENCE = 30.0
 _SPOOL_MARK = "aiohypertunity-spool:"
 _PREPARE = f"""\
 umask 077
-mkdir -p {{workdir}} && cd {{workdir}} && mkdir -p {{run}} || exit 1
+mkdir -p {{workdir}} && cd {{workdir}} && mkdir -p -m 700 {{run}} || exit 1
+printf '%s\\n' {{lease}} >{{run}}/lease || exit 1
+{{others}}
 echo "{_SPOOL_MARK}$PWD/{{run}}"
+{{directories}}
 {{site}}
 """
 
@@ -58,6 +61,8 @@ class Cluster:
         host: Its name; None for this machine.
         run: The name of the run: of its jobs, and of its directory.
         directory: Where its files are there; empty before `prepare`.
+        prepared: Set after `prepare`.
+        has_others: Whether other runs had leases in the work directory then.
         site: What the cluster is like.
         controller: The last that was heard of slurmctld's memory.
         budget: What RPCs may be spent.
@@ -76,11 +81,15 @@ class Cluster:
         self._say = say
         self._loop = asyncio.get_running_loop()
         self._link_lost_at: float | None = None
+        self._is_distrusted = False
         self._paused = 0.0
         self._transport: Transport = transport_to(slurm, emit, directory)
         self.host = self._transport.host
         self.run = f"ht-{secrets.token_hex(6)}"
         self.directory = ""
+        self.prepared = asyncio.Event()
+        self.has_others = False
+        self._driver: lease.Driver | None = None
         self.site = text.Site()
         self.controller = text.Controller()
         self.budget = Budget()
@@ -107,9 +116,12 @@ class Cluster:
 
     def link_down(self, error: LinkLost) -> None:
         """Stops the clock."""
+        is_distrusted = isinstance(error, Distrusted)
+        if self._link_lost_at is None or (is_distrusted and not self._is_distrusted):
+            self._say(str(error))
         if self._link_lost_at is None:
             self._link_lost_at = self._loop.time()
-            self._say(str(error))
+        self._is_distrusted = is_distrusted
         limit = self._slurm.give_up_after
         if limit is not None and self._loop.time() - self._link_lost_at > limit:
             words = f"the link to {self.host} was down for more than {limit:g} s: {error}"
@@ -142,7 +154,7 @@ class Cluster:
 
     async def get(self, files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
         """Reads files; says in its place why one can't be read."""
-        return await self._noted(self._transport.get(files))
+        return await self._noted(self._transport.get(files, guard=self.directory))
 
     async def fetch(self, path: str) -> str:
         """Brings a large file here."""
@@ -192,28 +204,49 @@ class Cluster:
         """Makes the directory of the run and learns about the site, once."""
         if self.directory:
             return
-        command = _PREPARE.format(workdir=self.workdir(), run=self.run, site=text.SITE_COMMAND)
+        self._driver = await in_thread(lease.this_driver)
+        command = _PREPARE.format(
+            workdir=self.workdir(),
+            run=self.run,
+            lease=shlex.quote(self.lease()),
+            others=lease.OTHERS_COMMAND,
+            directories=trust.DIRECTORIES_COMMAND,
+            site=text.SITE_COMMAND,
+        )
         done = await self.through(lambda: self.command(command))
         found = done.stdout.partition(_SPOOL_MARK)[2].partition("\n")[0]
         if not found:
-            words = text.last_words(done.stderr)
-            raise TransportError(
-                f"the work directory {self._slurm.workdir or '~/.aiohypertunity'} can't be used: {words}; "
-                "name another by Slurm(workdir=...) that the nodes see too"
-            )
+            raise self._unusable(text.last_words(done.stderr))
+        unsafe = trust.unsafe(done.stdout)
         hopeless = text.hopeless(done.stdout)
-        if hopeless is not None:
+        if unsafe is not None or hopeless is not None:
             with contextlib.suppress(TransportError):
                 await self.shell(shell.remove_tree(found))
+        if hopeless is not None:
             raise SubmitError(
                 f"Slurm can't be used here: {hopeless}; `python -m aiohypertunity doctor` looks closer"
             )
+        if unsafe is not None:
+            raise self._unusable(unsafe)
         self.site = text.parse_site(done.stdout)
         self.controller = text.parse_controller(done.stdout)
         files = await in_thread(node_code)
         placed = {f"{found}/node/{name}": content for name, content in files.items()}
         await self.through(lambda: self.put(placed))
         self.directory = found
+        self.has_others = lease.OTHERS in done.stdout
+        self.prepared.set()
+
+    def lease(self) -> str:
+        """The run's lease, as of now; after `prepare` has begun."""
+        assert self._driver is not None
+        return lease.format_lease(self.run, self._driver, keep=self._slurm.keep is not None)
+
+    def _unusable(self, why: str) -> TransportError:
+        return TransportError(
+            f"the work directory {self._slurm.workdir or '~/.aiohypertunity'} can't be used: {why}; "
+            "or name another by Slurm(workdir=...) that the nodes see too"
+        )
 
     def workdir(self) -> str:
         """The work directory, as a word for the shell there."""

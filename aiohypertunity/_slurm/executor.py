@@ -4,7 +4,7 @@ Jobs wait in a queue of ours until those that came at about the same time can go
 then on each is an `Element`, which gathers evidence: names that its batch shell leaves in the spool, what
 squeue says, what the accounting says. The rules in `verdict` say what it means.
 
-Six parts, each one loop on the event loop's thread, share that state.
+Six parts, each one loop on the event loop's thread, share that state. A seventh ends what other drivers left behind.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .arbiter import Arbiter
 from .canceller import Canceller
 from .cluster import PATIENCE, Cluster
 from .elements import Element
+from .lease import Sweeper
 from .looker import Looker
 from .packing import Packer
 from .reader import Reader
@@ -85,6 +86,7 @@ class SlurmExecutor:
             self._arbiter,
             self._canceller,
             self._reader,
+            Sweeper(cluster),
         )
         self._main: asyncio.Task[None] | None = None
 
@@ -177,7 +179,9 @@ class SlurmExecutor:
             submission.fenced = False
         if any(submission.kept for submission in self._state.submissions.values()):
             await self._reader.flush_garbage()
-            await self._cluster.shell(f"rm -rf {shlex.quote(directory)}/node")
+            # Without a lease, what is kept is nobody's to sweep.
+            own = shlex.quote(directory)
+            await self._cluster.shell(f"rm -rf {own}/node {own}/lease")
         else:
             await self._cluster.shell(shell.remove_tree(directory))
 

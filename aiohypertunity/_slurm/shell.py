@@ -377,7 +377,8 @@ def watcher(directory: str) -> str:
     """The command that says which names are in the submissions below `directory`.
 
     Each line is the name of a submission's directory and all names of interest in it; a directory
-    is listed again only when it has changed. It wants a line on its stdin well within a minute.
+    is listed again only when it has changed. It wants a line on its stdin well within a minute; one that
+    isn't empty becomes the lease in `directory`.
     """
     return _WATCHER.format(directory=shlex.quote(directory))
 
@@ -389,12 +390,17 @@ LC_ALL=C
 cd {directory} || exit 1
 ht_dir=$PWD quiet=0 age=0
 exec 3<&0
-(while read -r line; do kill -s USR1 $$; done; kill -s TERM $$) <&3 >/dev/null 2>&1 & reader=$!
+(while read -r line; do
+    kill -s USR1 $$
+    [ -z "$line" ] || {{ printf '%s\\n' "$line" >lease.new && mv lease.new lease; }}
+done; kill -s TERM $$) <&3 >/dev/null 2>&1 & reader=$!
 trap 'age=0' USR1
 trap 'kill $reader; exit' TERM
 while [ $age -lt 60000 ]; do
     changed=
     for sub in s[0-9]*; do
+        # The name is evaluated below.
+        case ${{sub#s}} in *[!0-9]*) continue ;; esac
         cd "$ht_dir/$sub" 2>/dev/null || continue
         set -- [0-9]*
         cd "$ht_dir" || exit 1

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .state import State
 
 _LEASE = 15.0
-"""Seconds between signs of life to the watcher there, which leaves after a minute without."""
+"""Seconds between signs of life to the watcher there, which leaves after a minute without; they renew the
+run's lease, too."""
 
 _ORDER = {"run": 0, "on": 1, "end": 2, "result": 3}
 
@@ -63,7 +64,7 @@ class Watcher:
     async def _watch(self) -> None:
         # A watcher that is new lists everything, so nothing is lost with one that died.
         async with self._cluster.watch(shell.watcher(self._cluster.directory)) as lines:
-            lease = self._loop.create_task(_renew(lines))
+            lease = self._loop.create_task(self._renew(lines))
             try:
                 async for line in lines:
                     self._cluster.link_up()
@@ -73,6 +74,11 @@ class Watcher:
                         self.take_names(submission, names)
             finally:
                 lease.cancel()
+
+    async def _renew(self, lines: Lines) -> None:
+        while True:
+            lines.send(self._cluster.lease())
+            await asyncio.sleep(_LEASE)
 
     async def list_now(self, elements: Iterable[Element]) -> None:
         """List the directories of elements: the watcher there may be stuck."""
@@ -137,9 +143,3 @@ class Watcher:
             node=element.host or None,
             attempt=element.attempts_before + len(element.starts),
         )
-
-
-async def _renew(lines: Lines) -> None:
-    while True:
-        lines.send("")
-        await asyncio.sleep(_LEASE)

@@ -19,7 +19,7 @@ from .._address import Address
 from .._errors import TransportError
 from .._events import LinkDown, LinkUp
 from .._threads import in_thread
-from .._transports import LinkLost
+from .._transports import Distrusted, LinkLost
 from .hosts import Facts
 from .login import for_hop, resolve
 from .patience import LONGEST_PAUSE, Patience
@@ -69,6 +69,7 @@ class Link:
         self._patience = Patience()
         self._first_tried: float | None = None
         self._is_reported_down = False
+        self._is_distrusted = False
         self._was_up = False
         self._is_closing = False
         self._slow = False
@@ -135,7 +136,7 @@ class Link:
         if connection.is_closed():
             raise self._lose(f"{self.host} closed the connection after the log-in")
         self._connection = connection
-        self._was_up, self._slow = True, False
+        self._was_up, self._slow, self._is_distrusted = True, False, False
         if self._is_reported_down:
             self._is_reported_down = False
             _LOG.info("the link to %s stands again", self.host)
@@ -197,6 +198,8 @@ class Link:
         where = facts.host
         words = str(error) or ("no answer" if isinstance(error, TimeoutError) else repr(error))
         if isinstance(error, asyncssh.HostKeyNotVerifiable):
+            if self._was_up:
+                return self._lose_trust(facts.distrust(words))
             return TransportError(facts.distrust(words))
         if isinstance(error, asyncssh.PermissionDenied):
             if self._was_up and not self._secret_given:
@@ -254,6 +257,20 @@ class Link:
             _LOG.warning("the link to %s is down: %s", self.host, reason)
             self._emit(LinkDown(self.host, time.time(), reason))
         return LinkLost(reason)
+
+    def _lose_trust(self, reason: str) -> Distrusted:
+        """Return the error of a host that shows another key than before; report that once.
+
+        A login node that was installed anew does this, and so does a machine in its place. Jobs run on
+        either way, and no attempt sends a secret before the key is checked.
+        """
+        if not self._is_distrusted:
+            self._is_distrusted = True
+            if self._is_reported_down:
+                _LOG.warning("the link to %s stays down: %s", self.host, reason)
+                self._emit(LinkDown(self.host, time.time(), reason))
+        self._lose(reason)
+        return Distrusted(reason)
 
 
 _WRONG_FILE = (FileNotFoundError, PermissionError)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from .._address import Address
 from .._errors import TransportError
 from .._threads import in_thread
-from .._transports import Done, LinkLost
+from .._transports import Done, LinkLost, not_ours
 from .archive import tar
 from .channels import Channels, only
 from .lines import Lines
 from .link import Link
 from .parts import Parts
-from .wanted import get_command, sort_out
+from .wanted import NOT_OURS, get_command, sort_out
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -78,21 +78,25 @@ class SSH:
             hint = ": the disk is full, or a quota" if "Wrote only" in said.words else ""
             raise TransportError(f"can't write files on {self.host}{hint}: {said.words}")
 
-    async def get(self, files: Sequence[Wanted]) -> list[bytes | TransportError | None]:
+    async def get(
+        self, files: Sequence[Wanted], *, guard: str | None = None
+    ) -> list[bytes | TransportError | None]:
         """As `Transport.get`."""
         contents: dict[str, bytes | TransportError | None] = {}
         last = {wanted.path: wanted.last for wanted in files if wanted.path}
         while last:
-            found = await self._get_some(last)
+            found = await self._get_some(last, guard)
             for path in found.long:
                 contents[path] = await self._get_long(path)
             contents |= found.contents
             last = {path: last[path] for path in found.left}
         return [contents.get(wanted.path) for wanted in files]
 
-    async def _get_some(self, last: Mapping[str, int | None]) -> Found:
+    async def _get_some(self, last: Mapping[str, int | None], guard: str | None) -> Found:
         """As many files as fit into one archive."""
-        said = await self._channels.exchange(get_command(last, self._channels.mark))
+        said = await self._channels.exchange(get_command(last, self._channels.mark, guard))
+        if guard is not None and said.stdout == NOT_OURS:
+            raise not_ours(guard)
         found = await in_thread(sort_out, last, said, self._channels.mark)
         if found is None and said.status == _NOT_FOUND:
             raise TransportError(f"can't read files on {self.host}: {said.words}")

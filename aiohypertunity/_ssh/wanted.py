@@ -36,7 +36,11 @@ class Found(NamedTuple):
     left: list[str]
 
 
-def get_command(last: Mapping[str, int | None], mark: str) -> str:
+NOT_OURS = b"not ours\n"
+"""What a get command says, and nothing else, if its guard isn't as it must be."""
+
+
+def get_command(last: Mapping[str, int | None], mark: str, guard: str | None = None) -> str:
     """What is known of files, by number; the ends of some; and a tar archive of the others.
 
     Few processes, since it's done for every few jobs that end: two `find` and a `tar`, and more only for
@@ -59,6 +63,7 @@ def get_command(last: Mapping[str, int | None], mark: str) -> str:
     )
     return f"""\
 cd /
+{":" if guard is None else _guard(guard)}
 set -f
 LC_ALL=C N='
 '
@@ -92,6 +97,16 @@ echo
 {tails}
 [ $# = 0 ] || tar -hcf - "$@"
 """
+
+
+def _guard(directory: str) -> str:
+    """Return the lines that end a get command if others may have put there what it would read."""
+    path = shlex.quote(directory)
+    find = f'find {path} -prune -type d -user "$(id -u)" ! -perm -020 ! -perm -002'
+    return f"""\
+if [ -e {path} ] || [ -h {path} ]; then
+    [ -n "$({find})" ] || {{ echo {NOT_OURS.decode().strip()}; exit; }}
+fi"""
 
 
 def sort_out(last: Mapping[str, int | None], said: Said, mark: str) -> Found | None:
