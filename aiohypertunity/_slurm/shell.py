@@ -390,12 +390,13 @@ LC_ALL=C
 cd {directory} || exit 1
 ht_dir=$PWD quiet=0 age=0
 exec 3<&0
-(while read -r line; do
+# Before the first line can come: it would kill this shell.
+trap 'age=0' USR1
+trap 'kill $reader; exit' TERM
+(umask 077; while read -r line; do
     kill -s USR1 $$
     [ -z "$line" ] || {{ printf '%s\\n' "$line" >lease.new && mv lease.new lease; }}
 done; kill -s TERM $$) <&3 >/dev/null 2>&1 & reader=$!
-trap 'age=0' USR1
-trap 'kill $reader; exit' TERM
 while [ $age -lt 60000 ]; do
     changed=
     for sub in s[0-9]*; do

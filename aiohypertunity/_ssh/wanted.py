@@ -100,12 +100,16 @@ echo
 
 
 def _guard(directory: str) -> str:
-    """Return the lines that end a get command if others may have put there what it would read."""
+    """Return the lines that end a get command if others may have put there what it would read.
+
+    `-O` isn't in POSIX, but dash, bash, ksh, zsh and busybox have it, and it needs no `id`, which a bare PATH
+    may lack and which would be one more process for each reading.
+    """
     path = shlex.quote(directory)
-    find = f'find {path} -prune -type d -user "$(id -u)" ! -perm -020 ! -perm -002'
+    find = f"find {path} -prune -type d ! -perm -020 ! -perm -002"
     return f"""\
 if [ -e {path} ] || [ -h {path} ]; then
-    [ -n "$({find})" ] || {{ echo {NOT_OURS.decode().strip()}; exit; }}
+    [ -O {path} ] && [ -n "$({find})" ] || {{ echo {NOT_OURS.decode().strip()}; exit; }}
 fi"""
 
 
