@@ -189,6 +189,23 @@ async def test_next_start_sweeps(
     cluster.wait_idle(30)
 
 
+async def test_a_start_sweeps_once(
+    slurm: Callable[..., ht.Slurm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep ends, and is not begun again while jobs run."""
+    sweeps = []
+    run = lease.Sweeper.run
+
+    async def counted(self: lease.Sweeper) -> None:
+        sweeps.append(self)
+        await run(self)
+
+    monkeypatch.setattr(lease.Sweeper, "run", counted)
+    async with ht.Scheduler(1, slurm=slurm()) as scheduler:
+        await scheduler.dispatch(SlurmJob(time.sleep, (1,)))[0]
+    assert len(sweeps) == 1
+
+
 async def test_living_driver_is_left_alone(
     slurm: Callable[..., ht.Slurm], cluster: SlurmCluster, options: dict[str, Any]
 ) -> None:

@@ -218,6 +218,8 @@ class SlurmExecutor:
                 known.add(place)
                 _LOG.exception("a part of the Slurm executor has failed, and begins anew")
                 self._state.wake()
+            else:
+                return  # the sweeper has swept
 
     def _fail_all(self, error: TransportError) -> None:
         for element in self._state.unfinished:
