@@ -26,7 +26,7 @@ from ssh_kit import connect, environment, python_for_all
 
 import aiohypertunity as ht
 from aiohypertunity import SlurmJob
-from aiohypertunity._slurm import lease
+from aiohypertunity._slurm import lease, sweeper
 from aiohypertunity._slurm.lease import Driver, Fate
 
 if TYPE_CHECKING:
@@ -194,13 +194,13 @@ async def test_a_start_sweeps_once(
 ) -> None:
     """The sweep ends, and is not begun again while jobs run."""
     sweeps = []
-    run = lease.Sweeper.run
+    run = sweeper.Sweeper.run
 
-    async def counted(self: lease.Sweeper) -> None:
+    async def counted(self: sweeper.Sweeper) -> None:
         sweeps.append(self)
         await run(self)
 
-    monkeypatch.setattr(lease.Sweeper, "run", counted)
+    monkeypatch.setattr(sweeper.Sweeper, "run", counted)
     async with ht.Scheduler(1, slurm=slurm()) as scheduler:
         await scheduler.dispatch(SlurmJob(time.sleep, (1,)))[0]
     assert len(sweeps) == 1

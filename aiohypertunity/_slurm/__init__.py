@@ -20,11 +20,11 @@ node        what runs on the compute node; nodecode, how it gets there
 Who moves it:
 cluster     commands over a link that may fail, a clock that knows, a budget
 state       what the loops share
-submitter, watcher, looker, arbiter, canceller, reader
+submitter, watcher, looker, arbiter, canceller, reader, sweeper
             a loop each: queue to arrays, names in the spool, squeue, verdicts, scancel, outcomes
 rescue      what Slurm has lost or cannot launch: stopped, or submitted again
 accounting  sacct, where there is any
-lease       who drives a run; runs that were left behind
+lease       the driver of a run, and the proof that it is gone
 executor    all of them together
 """
 

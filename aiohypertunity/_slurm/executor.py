@@ -27,13 +27,13 @@ from .arbiter import Arbiter
 from .canceller import Canceller
 from .cluster import PATIENCE, Cluster
 from .elements import Element
-from .lease import Sweeper
 from .looker import Looker
 from .packing import Packer
 from .reader import Reader
 from .rescue import Rescuer
 from .state import State
 from .submitter import Submitter
+from .sweeper import Sweeper
 from .watcher import Watcher
 
 if TYPE_CHECKING:
