@@ -98,12 +98,12 @@ async def test_a_link_that_stumbles(
     """The clock that stood still goes on as soon as anything gets through."""
     real, n_lost = LocalShell.get, 0
 
-    async def get(self: LocalShell, files: Any) -> Any:
+    async def get(self: LocalShell, files: Any, **options: Any) -> Any:
         nonlocal n_lost
         n_lost += 1
         if n_lost == 1:
             raise LinkLost("not now")
-        return await real(self, files)
+        return await real(self, files, **options)
 
     monkeypatch.setattr(LocalShell, "get", get)
     async with ht.Scheduler(slurm=slurm()) as scheduler:
