@@ -263,6 +263,8 @@ def _unmet(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
 
 
 def _never(job: Job[Any], ending: Ending) -> tuple[Status, JobError]:
+    if _asked(job, ending, "dependency") and "Dependency" in ending.reason:
+        return _unmet(job, ending)
     message = (
         f"{_where(job, ending)} never started, and Slurm doesn't know it any more: it was cancelled "
         "by somebody, or slurmctld lost its state. Dispatch it again"
