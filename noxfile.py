@@ -69,7 +69,7 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
     if not session.posargs:
         session.install(f"joblib=={OLDEST_JOBLIB}")
-        session.run("pytest", "tests/test_joblib_backends.py")
+        session.run("pytest", "tests/executors/test_joblib_backends.py")
 
 
 @nox.session
@@ -97,10 +97,11 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style."""
-    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    """Style, and the layers."""
+    session.install("-e.", *nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
 
 
 @nox.session

@@ -11,35 +11,8 @@
 
     asyncio.run(main())
 
-What to run is a `Job` or a `SlurmJob`; a `Scheduler` runs it and delivers a `Result`. From the top:
-
-    _errors      the exceptions
-    _results     results of jobs
-    _events      events of a scheduler
-    _jobs        descriptions of what to run
-    _ledger      rules: allocation of slots, order of starts, delivery of results
-    _payload     both ends of a call, on any side of a process boundary
-    _failures    error messages of jobs
-    _calls       calls, packed at dispatch
-    _threads     threads for blocking work
-    _guardian    ends the processes of a run whose driver is gone
-    _sigterm     SIGTERM of a driver that has jobs on a cluster
-    _rundir      the directories of a scheduler on this machine
-    _worker_main, _capture, _workers, _callables, _joblib
-                 callables, in isolated workers or through a joblib backend
-    _scripts     scripts, as asyncio subprocesses
-    _inline      a job run in the calling thread
-    _address, _transports, _ssh, _slurm
-                 Slurm jobs
-    _handles, _map, _streams
-                 the objects that a scheduler returns
-    _scheduler   the only owner of tasks
-    sync         the blocking twin
-    _doctor, __main__
-                 `python -m aiohypertunity doctor`
-
-A module imports only from those above it. Each is imported on first use, because a program that
-only makes jobs, or a worker that only runs them, needs little of the package.
+A `Job` or a `SlurmJob` says what to run, a `Scheduler` runs it, and a `Result` says what became of it.
+`aiohypertunity.sync.Scheduler` is the blocking twin of `Scheduler`. Names are loaded on first use.
 """
 
 from __future__ import annotations
@@ -55,7 +28,7 @@ if sys.platform == "win32":
 
 if TYPE_CHECKING:
     from . import sync as sync
-    from ._errors import (
+    from ._model.errors import (
         CollectTimeout,
         HypertunityError,
         JobCancelled,
@@ -72,7 +45,7 @@ if TYPE_CHECKING:
         SubmitError,
         TransportError,
     )
-    from ._events import (
+    from ._model.events import (
         Cancelled,
         Dropped,
         Event,
@@ -84,31 +57,31 @@ if TYPE_CHECKING:
         Retried,
         Started,
     )
-    from ._handles import Batch, Collector, JobHandle
-    from ._jobs import Job, SlurmJob
-    from ._map import Map
-    from ._results import Result, Status
-    from ._scheduler import Scheduler, Statistics
-    from ._slurm import Slurm
+    from ._model.jobs import Job, SlurmJob
+    from ._model.results import Result, Status
+    from ._model.slurm import Slurm
+    from ._runtime.handles import Batch, Collector, JobHandle
+    from ._runtime.map import Map
+    from ._runtime.scheduler import Scheduler, Statistics
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "_errors": (
+    "_model.errors": (
         "CollectTimeout", "HypertunityError", "JobCancelled", "JobCrashed", "JobError", "JobFailed",
         "JobTimeout", "NodeFailed", "NotEnoughJobs", "OutOfMemory", "PayloadError",
         "RemoteTraceback", "ResultLost", "SubmitError", "TransportError",
     ),
-    "_events": (
+    "_model.events": (
         "Cancelled", "Dropped", "Event", "Finished", "Held", "LinkDown", "LinkUp", "Queued",
         "Retried", "Started",
     ),
-    "_handles": ("Batch", "Collector", "JobHandle"),
-    "_jobs": ("Job", "SlurmJob"),
-    "_map": ("Map",),
-    "_results": ("Result", "Status"),
-    "_scheduler": ("Scheduler", "Statistics"),
-    "_slurm": ("Slurm",),
+    "_runtime.handles": ("Batch", "Collector", "JobHandle"),
+    "_model.jobs": ("Job", "SlurmJob"),
+    "_runtime.map": ("Map",),
+    "_model.results": ("Result", "Status"),
+    "_runtime.scheduler": ("Scheduler", "Statistics"),
+    "_model.slurm": ("Slurm",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohypertunity
 
-from ._slurm import Slurm
+from ._model.slurm import Slurm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    from ._doctor import main as examine
+    from ._cli.doctor import main as examine
 
     return examine(slurm)
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import cloudpickle
 
-from . import _failures, _payload
-from ._jobs import FunctionRef, Job, ScriptRef, SlurmJob
-from ._results import Outcome, Result, Status
+from ._model.jobs import FunctionRef, Job, ScriptRef, SlurmJob
+from ._model.results import Outcome, Result, Status
+from ._rules import messages
+from ._wire import payloads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ def run_inline(job: Job[T]) -> Result[T]:
         TypeError: It is a `SlurmJob`, which has to be submitted.
     """
     if isinstance(job, SlurmJob):
-        raise TypeError(f"{_failures.name(job)} is Slurm's to run: dispatch it with a Scheduler")
+        raise TypeError(f"{messages.name(job)} is Slurm's to run: dispatch it with a Scheduler")
     target = job.target
     if isinstance(target, ScriptRef):
         from .sync import Scheduler
@@ -55,22 +56,22 @@ def _call(job: Job[Any], target: Callable[..., Any] | FunctionRef) -> Outcome:
         if isinstance(target, FunctionRef):
             with _as_it_was():
                 return _call_named(job, target)
-        return Outcome(Status.SUCCEEDED, _payload.call(target, job.args))
+        return Outcome(Status.SUCCEEDED, payloads.call(target, job.args))
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception as error:
-        failed = _failures.raised(job, error, traceback.format_exc())
+        failed = messages.raised(job, error, traceback.format_exc())
         return Outcome(Status.FAILED, error=failed)
 
 
 def _call_named(job: Job[Any], target: FunctionRef) -> Outcome:
-    blob = _payload.name_function(target.name, path=target.path, module=target.module)
+    blob = payloads.name_function(target.name, path=target.path, module=target.module)
     try:
-        function = _payload.load_function(blob)
+        function = payloads.load_function(blob)
     except (Exception, SystemExit) as error:
-        failed = _failures.not_imported(job, error, traceback.format_exc())
+        failed = messages.not_imported(job, error, traceback.format_exc())
         return Outcome(Status.FAILED, error=failed)
-    return Outcome(Status.SUCCEEDED, _payload.call(function, job.args))
+    return Outcome(Status.SUCCEEDED, payloads.call(function, job.args))
 
 
 @contextlib.contextmanager

@@ -33,22 +33,24 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 import anyio
 from anyio.from_thread import BlockingPortal
 
-from . import _handles, _scheduler, _sigterm
-from ._failures import name
+from ._host import sigterm as _sigterm
+from ._rules.messages import name
+from ._runtime import handles as _handles
+from ._runtime import scheduler as _scheduler
 
 if TYPE_CHECKING:
     import os
     from types import TracebackType
     from typing import Self
 
-    from ._events import Event
-    from ._jobs import Job
-    from ._ledger import Entry
-    from ._map import Map
-    from ._results import Result, Status
-    from ._scheduler import Statistics
-    from ._slurm import Slurm
-    from ._streams import EventStream
+    from ._model.events import Event
+    from ._model.jobs import Job
+    from ._model.results import Result, Status
+    from ._model.slurm import Slurm
+    from ._rules.ledger import Entry
+    from ._runtime.map import Map
+    from ._runtime.scheduler import Statistics
+    from ._runtime.streams import EventStream
 
 T = TypeVar("T")
 

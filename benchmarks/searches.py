@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 
 import aiohypertunity as ht
-from aiohypertunity import _callables
+from aiohypertunity._executors.workers import pool
 
 from . import _tasks
 from ._harness import N_WORKERS, Figures, Row, Stopwatch, benchmark, in_turns
@@ -129,7 +129,7 @@ async def getting_ahead() -> AsyncIterator[Figures]:
 
 
 async def not_getting_ahead() -> AsyncIterator[Figures]:
-    _callables._MOST_AHEAD = 0
+    pool._MOST_AHEAD = 0
     async for figures in getting_ahead():
         yield figures
 

@@ -23,7 +23,7 @@ import asyncssh
 import cloudpickle
 
 import aiohypertunity as ht
-from aiohypertunity._ssh import SSH
+from aiohypertunity._transports.ssh import SSH
 
 from . import _tasks
 from ._harness import Figures, Row, Stopwatch, benchmark, in_turns

@@ -29,7 +29,7 @@ from aiohypertunity import (
     Status,
     sync,
 )
-from aiohypertunity._ledger import Owner
+from aiohypertunity._rules.ledger import Owner
 from aiohypertunity.sync import Scheduler
 
 DIFFERENCES = {

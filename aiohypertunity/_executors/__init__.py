@@ -1,0 +1,1 @@
+"""Ways to run a job: isolated workers, scripts, joblib backends and Slurm."""

@@ -1,0 +1,1 @@
+"""Callables in isolated worker processes."""

@@ -1,0 +1,1 @@
+"""This machine: directories, process trees, captured output and threads."""

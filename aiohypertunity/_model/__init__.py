@@ -1,0 +1,1 @@
+"""Frozen data: jobs, results, errors, events and the settings of a cluster."""

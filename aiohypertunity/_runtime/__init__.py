@@ -1,0 +1,1 @@
+"""The scheduler and what its users hold: handles, collectors, maps and event streams."""
