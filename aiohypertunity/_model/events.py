@@ -88,12 +88,12 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Somebody holds a job back in a cluster's queue: it waits until they release it.
-
-    It comes once more, with another reason, if the host then shows a key that isn't trusted.
+    """A hold on a Slurm job, set by a user or an administrator. The job waits until it is released.
 
     Attributes:
-        reason: The cluster's words for it, such as `JobHeldUser`.
+        job: The job.
+        at: The time, in seconds since the epoch.
+        reason: Slurm's reason, such as `JobHeldUser`.
     """
 
     job: Job[Any]
@@ -104,6 +104,8 @@ class Held:
 @dataclass(frozen=True, slots=True)
 class LinkDown:
     """The loss of the connection to a cluster. Its jobs go on, and the scheduler connects again.
+
+    A second event follows if the host then shows a key that is not trusted.
 
     Attributes:
         host: The name of the login node.
