@@ -12,6 +12,7 @@ import importlib.util
 import os
 import socket
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -23,6 +24,7 @@ from .._model.results import Outcome, Status
 from .._rules import messages
 from .._wire import payloads
 from .workers.child import Chunk
+from .workers.loading import Loader, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,6 +111,7 @@ class JoblibCallables:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Entry] = []
         self._groups: set[asyncio.Task[None]] = set()
+        self._loader = Loader()
         self._limiter = anyio.CapacityLimiter(n_slots)
 
     def check(self, job: Job[Any], timeout: float | None) -> None:
@@ -146,14 +149,17 @@ class JoblibCallables:
 
     def check_stop(self, entry: Entry) -> None:
         """Raises RuntimeError: joblib can't end a call."""
+        if isinstance(entry.place, Reading):
+            return
         raise RuntimeError(
             f"{messages.name(entry.job)} is running, and the joblib backend {self._backend!r} can't "
             "stop a running call; backend='isolated' can"
         )
 
     def stop(self, entry: Entry) -> None:
-        """See `check_stop`."""
+        """Gives up a result that is being loaded; else see `check_stop`."""
         self.check_stop(entry)
+        entry.place.stop()
 
     async def aclose(self) -> None:
         """Waits for what still runs."""
@@ -179,7 +185,11 @@ class JoblibCallables:
         error: BaseException | None = None
         try:
             await in_thread(self._run_group, calls, tell, limiter=self._limiter)
-        except Exception as raised:
+        except asyncio.CancelledError:
+            raise
+        except (
+            BaseException
+        ) as raised:  # joblib, or a backend of another package, may raise anything
             error = raised
         # What the thread told before it ended is behind us in the loop's queue.
         await asyncio.sleep(0)
@@ -197,8 +207,14 @@ class JoblibCallables:
             tell(index, answer)
 
     def _finish(self, entry: Entry, answer: _Answer) -> None:
-        kind, reply, started_at, finished_at, host, pid = answer
-        outcome = messages.from_reply(entry.job, kind, reply)
+        kind, reply = answer[:2]
+        part = "the exception" if kind == payloads.RAISED else "the return value"
+        read = partial(messages.from_reply, entry.job, kind, reply)
+        done = partial(self._report, entry, answer)
+        entry.place = self._loader.start(entry.job, part, read, done)
+
+    def _report(self, entry: Entry, answer: _Answer, outcome: Outcome) -> None:
+        _, _, started_at, finished_at, host, pid = answer
         outcome.started_at, outcome.finished_at = started_at, finished_at
         outcome.host, outcome.pid = host, pid
         entry.place = None

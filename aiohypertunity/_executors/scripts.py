@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ from .._host.threads import in_thread
 from .._model.errors import JobError, ResultLost
 from .._model.results import Outcome, Status
 from .._rules import messages
-from .._wire.payloads import LARGE
+from .._wire.payloads import described
+from .workers.loading import Loader, Reading
 from .workers.pool import resource_env
 from .workers.process import exit_status
 
@@ -65,6 +67,7 @@ class Scripts:
         self._kill_grace = kill_grace
         self._loop = asyncio.get_running_loop()
         self._host = socket.gethostname()
+        self._loader = Loader()
         self._runs: set[_Run] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: list[str] = []
@@ -72,7 +75,7 @@ class Scripts:
 
     def start(self, entry: Entry) -> None:
         """Starts its process."""
-        entry.place = run = _Run(entry, self._rundir)
+        entry.place = run = _Run(entry, self._rundir, self._loader)
         self._runs.add(run)
         # An eager task (Python 3.12) may be over before this returns.
         task = self._loop.create_task(self._run(entry, run))
@@ -143,8 +146,10 @@ class _Run:
         stopped: Whether it was asked to end.
     """
 
-    def __init__(self, entry: Entry, rundir: RunDirectory) -> None:
+    def __init__(self, entry: Entry, rundir: RunDirectory, loader: Loader) -> None:
         self._entry = entry
+        self._loader = loader
+        self._reading: Reading | None = None
         self._rundir = rundir
         self._call: ScriptCall = entry.call
         self._output = self._call.output or rundir.new_path("output")
@@ -164,6 +169,10 @@ class _Run:
 
     def stop(self, loop: asyncio.AbstractEventLoop, grace: float) -> None:
         """Asks its process group to end, and kills it after `grace` seconds."""
+        if self._reading is not None:  # it has ended
+            if self._entry.stop_status is Status.CANCELLED or not grace:
+                self._reading.stop()
+            return
         if self._killer is not None:
             self._killer.cancel()
         self.stopped = True
@@ -291,40 +300,42 @@ class _Run:
         )
 
     async def _result(self, job: Job[Any]) -> Outcome:
-        try:
-            size = os.stat(self._output).st_size
-        except FileNotFoundError:
+        if not os.path.lexists(self._output):
             return Outcome(Status.SUCCEEDED)
-        except OSError:
-            size = 0  # reading it will say what is the matter
-        if size > LARGE:
-            return await in_thread(read_result, job, self._output, self._call.output is None)
-        return read_result(job, self._output, self._call.output is None)
+        read = partial(read_result, job, self._output, self._call.output is None)
+        loaded: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._reading = self._loader.start(job, "the result file", read, loaded.set_result)
+        return await loaded
 
 
 def read_result(job: Job[Any], path: str, remove: bool) -> Outcome:
-    """What a script that ended well left as its result: a pickle, or JSON.
+    """Return what a script that ended well left as its result: a pickle, or JSON.
 
     Args:
         job: Whose result it is.
         path: The file. If its name ends in `.json` it can only be JSON.
         remove: Whether the file is ours to remove.
+
+    Raises:
+        NotNow: There is no file descriptor left to read it.
     """
     try:
         data = parse_result(Path(path).read_bytes(), path)
-    except (Exception, SystemExit) as error:  # reading a pickle may import modules, which may exit
+    except BaseException as error:  # loading a pickle runs code of the user
+        messages.retry_if_no_descriptor(error)
         kind = "JSON" if path.endswith(".json") else "a pickle or JSON"
         lost = ResultLost(
             f"{messages.name(job)} exited with code 0, but its result file {path} can't be read as "
-            f"{kind}: {type(error).__name__}: {error}",
+            f"{kind}: {described(error)}",
             job=job,
         )
-        return Outcome(Status.FAILED, error=lost)
-    finally:
-        if remove:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-    return Outcome(Status.SUCCEEDED, data)
+        outcome = Outcome(Status.FAILED, error=lost)
+    else:
+        outcome = Outcome(Status.SUCCEEDED, data)
+    if remove:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    return outcome
 
 
 def parse_result(content: bytes, path: str) -> object:

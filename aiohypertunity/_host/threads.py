@@ -52,11 +52,11 @@ def start_thread(function: Callable[..., T], *args: object) -> Future[T]:
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
     run = contextvars.copy_context().run
-    _of_loop(_threads, _Threads).call(lambda: _call(future, run, function, args))
+    threads_of_loop().call(lambda: _call(future, run, function, args))
     return future
 
 
-class _Threads:
+class Threads:
     """As many threads as have something to do at once, and those that have just had."""
 
     def __init__(self) -> None:
@@ -83,7 +83,12 @@ class _Threads:
 
 
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("aiohypertunity-limiter")
-_threads: RunVar[_Threads] = RunVar("aiohypertunity-threads")
+_threads: RunVar[Threads] = RunVar("aiohypertunity-threads")
+
+
+def threads_of_loop() -> Threads:
+    """Return the threads of the running loop. A callback of the loop can't: anyio knows tasks only."""
+    return _of_loop(_threads, Threads)
 
 
 def _of_loop(variable: RunVar[T], make: Callable[[], T]) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import functools
 import os
 import re
@@ -25,9 +26,16 @@ from .._wire import payloads
 from .._wire.payloads import described
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from .._model.jobs import Job
+
+
+class NotNow(Exception):
+    """A result can't be loaded here and now; its files are still there."""
+
+
+_NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
 
 _LAST_LINES = 10
 _LAST_FRAMES = 5
@@ -168,35 +176,62 @@ def from_reply(
     body: bytes | memoryview,
     files: Sequence[str] = (),
     *streams: str,
+    loads: Callable[[bytes | memoryview, Sequence[str]], Any] = payloads.loads,
 ) -> Outcome:
-    """What a call's reply, as `payloads.run` gives it, makes of its job. Removes `files`."""
+    """Return what a call's reply, as `payloads.run` gives it, makes of its job. Remove `files`.
+
+    Raises:
+        NotNow: It can't be loaded now: `loads` refuses it, or there is no file descriptor left.
+    """
     try:
-        answer = payloads.loads(body, files)
-    except (Exception, SystemExit) as error:  # reading may import modules, and those may exit
+        answer = loads(body, files)
+        if type(answer) is payloads.FailedChunk:
+            failed = from_reply(job, answer.kind, answer.body, loads=loads)
+            outcome = Outcome(Status.FAILED, answer, failed.error)
+        elif kind == payloads.VALUE:
+            outcome = Outcome(Status.SUCCEEDED, answer)
+        elif kind == payloads.RAISED:
+            error = _raised_there(job, streams, *answer, loads=loads)
+            outcome = Outcome(Status.FAILED, error=error)
+        else:
+            outcome = Outcome(Status.FAILED, error=unreadable(job, *answer))
+    except NotNow:
+        raise
+    except BaseException as error:  # loading runs code of the user
+        retry_if_no_descriptor(error)
         reason = f"{described(error)} (while it was read back)"
-        return Outcome(Status.FAILED, error=unreadable(job, "the return value", reason))
-    finally:
-        for path in files:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-    if type(answer) is payloads.FailedChunk:
-        return Outcome(Status.FAILED, answer, from_reply(job, answer.kind, answer.body).error)
-    if kind == payloads.VALUE:
-        return Outcome(Status.SUCCEEDED, answer)
-    if kind == payloads.RAISED:
-        return Outcome(Status.FAILED, error=_raised_there(job, streams, *answer))
-    return Outcome(Status.FAILED, error=unreadable(job, *answer))
+        outcome = Outcome(Status.FAILED, error=unreadable(job, "the return value", reason))
+    for path in files:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    return outcome
+
+
+def retry_if_no_descriptor(error: BaseException) -> None:
+    """Raise `NotNow` if an error says that there was no file descriptor left."""
+    if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR:
+        raise NotNow(described(error)) from error
 
 
 def _raised_there(
-    job: Job[Any], streams: Sequence[str], blob: bytes, said: str, traceback: str, importing: bool
+    job: Job[Any],
+    streams: Sequence[str],
+    blob: bytes,
+    said: str,
+    traceback: str,
+    importing: bool,
+    *,
+    loads: Callable[[bytes | memoryview, Sequence[str]], Any],
 ) -> JobFailed | PayloadError:
     try:
-        error = payloads.loads(blob)
+        error = loads(blob, ())
         if importing:
             return not_imported(job, error, traceback, *streams)
         return raised(job, error, traceback)
-    except (Exception, SystemExit) as reason:
+    except NotNow:
+        raise
+    except BaseException as reason:  # loading runs code of the user
+        retry_if_no_descriptor(reason)
         words = f"{described(reason)} (while it was read back); it was {said}"
         return unreadable(job, "the exception", words, traceback)
 

@@ -17,6 +17,7 @@ from ..._model.results import Outcome, Status
 from ..._rules import messages
 from ..._transports.protocol import LinkLost, Wanted
 from ..._wire import spool
+from ..._wire.payloads import described
 from ..scripts import parse_result
 from . import report, shell
 from .cluster import BREATH
@@ -342,8 +343,8 @@ def _script_outcome(element: Element, content: bytes | None, ending: report.Endi
     """What a script that exited with code 0 left."""
     try:
         data = None if content is None else parse_result(content, _output_path(element))
-    except Exception as error:
-        reason = f"{_output_path(element)} can't be read: {type(error).__name__}: {error}"
+    except BaseException as error:  # loading a pickle runs code of the user
+        reason = f"{_output_path(element)} can't be read: {described(error)}"
         return report.report(element.entry.job, Fate.LOST, dataclasses.replace(ending, lost=reason))
     return Outcome(Status.SUCCEEDED, data, exit_code=0)
 

@@ -15,17 +15,20 @@ import os
 import pickle
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..._host.threads import in_thread
-from ..._model.errors import ResultLost
 from ..._model.results import Outcome, Status
 from ..._rules import messages
+from ..._wire import payloads
 from .child import UNKNOWN
+from .loading import Loader, Reading, load_harmless
 from .process import GARBLED, Death, Reply, WorkerProcess
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..._host.rundir import RunDirectory
     from ..._model.errors import JobCrashed, JobFailed
     from ..._model.jobs import Job
@@ -46,10 +49,9 @@ _STREAM = 0.002
 
 _MOST_AHEAD = 48
 
-_NAMES_SOMETHING = 20
-"""Bytes below which no pickle names a class or function."""
+_SLICE = 0.002
+"""Seconds for which answers are read in one turn of the loop."""
 
-_MOST_REMEMBERED = 1000
 _SWEEP = 0.005
 _SPARE_AFTER = 1.0
 _LEAVE = 1.0
@@ -88,8 +90,8 @@ class IsolatedCallables:
         self._sweeping: asyncio.TimerHandle | None = None
         self._sparing: asyncio.TimerHandle | None = None
         self._n_start_failures = 0
-        self._read_before: set[bytes] = set()
-        self._loading: set[asyncio.Task[None]] = set()
+        self._loader = Loader()
+        self._has_overrun = False
         self._loop = asyncio.get_running_loop()
         self._host = socket.gethostname()
 
@@ -111,6 +113,10 @@ class IsolatedCallables:
 
     def stop(self, entry: Entry) -> None:
         """Kills the worker that runs it; if none does yet, takes it back."""
+        if isinstance(entry.place, Reading):
+            if entry.stop_status is Status.CANCELLED:  # the attempt itself ended in time
+                entry.place.stop()
+            return
         worker: WorkerProcess | None = entry.place
         if worker is None or entry not in worker.calls:  # it was answered, and is being loaded
             return
@@ -137,8 +143,6 @@ class IsolatedCallables:
         for timer in (self._sweeping, self._sparing):
             if timer is not None:
                 timer.cancel()
-        if self._loading:
-            await asyncio.wait(self._loading)
         for worker in tuple(self._workers):
             worker.kill() if worker.calls else worker.retire()
         lives = [worker.gone for worker in self._workers]
@@ -234,11 +238,14 @@ class IsolatedCallables:
 
     def _on_replies(self, worker: WorkerProcess) -> None:
         self._n_start_failures = 0
-        self._read(worker)
+        # Once a turn has taken its time, each worker is read a single answer from.
+        now = time.monotonic()
+        self._read(worker, now if self._has_overrun else now + _SLICE)
         if worker.calls and not worker.retired:
             self._get_ahead(worker)
 
-    def _read(self, worker: WorkerProcess) -> None:
+    def _read(self, worker: WorkerProcess, until: float = math.inf) -> None:
+        """Read what a worker has answered; the loop comes back for what is left at `until`."""
         for reply in worker.read():
             if worker.calls:
                 self._owner.handed_over(reply.entry, worker.calls[0])
@@ -250,12 +257,13 @@ class IsolatedCallables:
             self._pace += (reply.finished_at - reply.started_at - self._pace) / 4
             if reply.kind == GARBLED:
                 self._report_garbled(worker, reply)
-            elif reply.kind == b"O" or self._may_import(reply):
-                task = self._loop.create_task(self._fetch(worker.pid, reply))
-                self._loading.add(task)
-                task.add_done_callback(self._loading.discard)
             else:
-                self._finish(worker.pid, reply, *_unpack(reply))
+                self._load(worker.pid, reply)
+            if time.monotonic() > until:
+                if not self._has_overrun:
+                    self._has_overrun = True
+                    self._loop.call_soon(self._begin_turn)
+                break
         if worker.is_garbled:
             self._dismiss(worker)
 
@@ -269,51 +277,26 @@ class IsolatedCallables:
         if len(worker.calls) <= 1 and not worker.is_innocent:
             worker.kill()
 
-    def _may_import(self, reply: Reply) -> bool:
-        """Whether reading a reply may import modules, which takes its time.
+    def _begin_turn(self) -> None:
+        self._has_overrun = False
 
-        Once one of a function's has been read, what others need is there.
-        """
-        if len(reply.body) < _NAMES_SOMETHING or reply.entry.call.function in self._read_before:
-            return False
-        return pickle.STACK_GLOBAL in bytes(reply.body)
-
-    async def _fetch(self, pid: int | None, reply: Reply) -> None:
-        """A reply that is long, or needs modules, read and unpickled in a thread."""
-        try:
-            unpacked, outcome = await in_thread(_fetched, reply)
-        except Exception as error:
-            lost = ResultLost(
-                f"the result of {messages.name(reply.entry.job)} can't be read: {error}",
-                job=reply.entry.job,
-            )
-            unpacked = reply.kind, b"", [], b"", b""
-            outcome = Outcome(Status.FAILED, error=lost)
-        if len(self._read_before) > _MOST_REMEMBERED:
-            self._read_before.clear()
-        self._read_before.add(reply.entry.call.function)
-        self._finish(pid, reply, *unpacked, outcome)
-
-    def _finish(
-        self,
-        pid: int | None,
-        reply: Reply,
-        kind: bytes,
-        body: bytes | memoryview,
-        files: list[str],
-        stdout: bytes,
-        stderr: bytes,
-        outcome: Outcome | None = None,
-    ) -> None:
+    def _load(self, pid: int | None, reply: Reply) -> None:
+        if reply.kind != b"O":
+            with contextlib.suppress(messages.NotNow):
+                self._finish(pid, reply, _loaded(reply, load_harmless))
+                return
+        part = "the exception" if reply.kind == payloads.RAISED else "the return value"
         entry = reply.entry
-        output = [stream.decode(errors="replace") for stream in (stdout, stderr)]
-        if outcome is None:
-            outcome = messages.from_reply(entry.job, kind, body, files, *output)
+        entry.place = self._loader.start(
+            entry.job, part, partial(_fetched, reply), partial(self._finish, pid, reply)
+        )
+
+    def _finish(self, pid: int | None, reply: Reply, outcome: Outcome) -> None:
+        entry = reply.entry
         outcome.started_at = reply.started_at
         outcome.finished_at = reply.finished_at
         outcome.host = self._host
         outcome.pid = pid
-        outcome.stdout, outcome.stderr = output
         entry.place = None
         self._owner.finished(entry, outcome)
 
@@ -394,24 +377,39 @@ class IsolatedCallables:
 
 _ANY = _Key()
 
-_Unpacked = tuple[bytes, "bytes | memoryview", list[str], bytes, bytes]
+
+def _loaded(reply: Reply, loads: Callable[..., Any] = payloads.loads) -> Outcome:
+    """Return what a reply makes of its job.
+
+    Raises:
+        NotNow: It can't be loaded now.
+    """
+    if reply.kind != b"o":
+        return messages.from_reply(reply.entry.job, reply.kind, reply.body, loads=loads)
+    try:
+        kind, body, files, *streams = pickle.loads(reply.body)  # noqa: S301 - by our worker
+    except Exception:  # the call wrote to its worker's socket
+        return Outcome(Status.CRASHED, error=messages.garbled(reply.entry.job))
+    output = [stream.decode(errors="replace") for stream in streams]
+    outcome = messages.from_reply(reply.entry.job, kind, body, files, *output, loads=loads)
+    outcome.stdout, outcome.stderr = output
+    return outcome
 
 
-def _unpack(reply: Reply) -> _Unpacked:
-    if reply.kind == b"o":
-        return pickle.loads(reply.body)  # type: ignore[no-any-return]  # noqa: S301 - by our worker
-    return reply.kind, reply.body, [], b"", b""
-
-
-def _fetched(reply: Reply) -> tuple[_Unpacked, Outcome]:
-    if reply.kind == b"O":
-        kind, path = pickle.loads(reply.body)  # noqa: S301 - by our worker
+def _fetched(reply: Reply) -> Outcome:
+    """Return the same of a reply that may lie in a file, which is removed."""
+    if reply.kind != b"O":
+        return _loaded(reply)
+    kind, path = pickle.loads(reply.body)  # noqa: S301 - by our worker
+    try:
         with open(path, "rb") as file:
             reply = reply._replace(kind=kind, body=memoryview(file.read()))
-        os.unlink(path)
-    unpacked = _unpack(reply)
-    output = [stream.decode(errors="replace") for stream in unpacked[3:]]
-    return unpacked, messages.from_reply(reply.entry.job, *unpacked[:3], *output)
+    except OSError as error:
+        messages.retry_if_no_descriptor(error)
+        raise
+    outcome = _loaded(reply)
+    os.unlink(path)
+    return outcome
 
 
 def resource_env(grant: Grant) -> dict[str, str]:
