@@ -97,6 +97,9 @@ class Reader:
                     await asyncio.sleep(BREATH)
                 except TimeoutError:
                     self._state.endings += [pair for pair in batch if not pair[0].done]
+                except messages.NotNow:  # this process has no file descriptor left
+                    await asyncio.sleep(BREATH)
+                    self._state.endings += [pair for pair in batch if not pair[0].done]
                 except TransportError as error:
                     await asyncio.sleep(BREATH)
                     for element, fate in batch:
