@@ -24,6 +24,7 @@ import contextlib
 import fcntl
 import gc
 import json
+import math
 import os
 import random
 import shutil
@@ -89,6 +90,8 @@ def act_as(kind: str, size: int, n_written: int) -> Any:
     elif kind == "unpicklable":
         return threading.Lock()
     elif kind.startswith("unloadable-"):
+        import asyncio  # not for each worker, at 0.1 s of a CPU
+
         kinds = {**vars(__import__("builtins")), "CancelledError": asyncio.CancelledError}
         return tasks.Unloadable(kinds[how])
     elif kind == "awkward":
@@ -96,6 +99,8 @@ def act_as(kind: str, size: int, n_written: int) -> Any:
     elif kind == "large":
         return bytes(30_000_000 + size)
     elif kind == "child":
+        import subprocess
+
         subprocess.Popen(["sleep", "600"], start_new_session=bool(size % 2))
     elif kind == "closed":
         os.closerange(0, 3) if size % 2 else os.closerange(3, 256)
@@ -352,6 +357,7 @@ class Judge:
             most_faults = self.random.randint(0, 12)
         self.journal: list[str] = []
         self.harm: Counter[str] = Counter()
+        self.stopped: list[tuple[float, int]] = []
         self.began = time.monotonic()
         directory = tempfile.mkdtemp(prefix="soak-")
         for name in ("evidence", "tmp", "work"):
@@ -396,12 +402,14 @@ class Judge:
                     actor.send_signal(signal.SIGABRT)  # faulthandler shows where it hangs
                     actor.wait()
                     raise Violation(f"it does not end in {BOUND[self.kind]:g} s\n{tail_of(said)}")
-                time.sleep(self.random.uniform(0.02, 0.3) * (3 if self.cluster else 1))
+                time.sleep(self.random.uniform(0.01, 0.1) * (8 if self.cluster else 1))
+                self._continue(time.monotonic())
                 if self.harm.total() < most_faults:
                     self._harm_cluster(mark) if self.cluster else self._harm(actor.pid)
                 elif self.cluster:
                     self._mend()
         finally:
+            self._continue(math.inf)
             actor.kill()
             actor.wait()
         if actor.returncode:
@@ -421,7 +429,13 @@ class Judge:
             self.harm[f"{how} to {what}"] += 1
             self._note(f"{how} to {what} {pid}")
         if how == "SIGSTOP":
-            time.sleep(self.random.uniform(0, 0.5))
+            self.stopped.append((time.monotonic() + self.random.uniform(0, 0.7), pid))
+
+    def _continue(self, until: float) -> None:
+        """Continue the processes that were to be stopped until then."""
+        due = [pid for at, pid in self.stopped if at <= until]
+        self.stopped = [(at, pid) for at, pid in self.stopped if at > until]
+        for pid in due:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGCONT)
 
@@ -434,8 +448,11 @@ class Judge:
             "worker": [pid for pid, line in lines.items() if "_worker_main" in line],
             "script": [pid for pid, line in lines.items() if "script.sh" in line],
         }
-        what = self.random.choices(("guardian", "worker", "script"), (1, 20, 8))[0]
-        self._signal(of[what], what)
+        weights = {"guardian": 1, "worker": 20, "script": 8}
+        there = [what for what, pids in of.items() if pids]
+        if there:
+            what = self.random.choices(there, [weights[what] for what in there])[0]
+            self._signal(of[what], what)
 
     def _harm_cluster(self, mark: str) -> None:
         from slurm_cluster import ClusterError
@@ -591,6 +608,8 @@ def main() -> int:
         while counts["faults"] < given.local_faults and time.monotonic() < end:
             local.play(number, given.local_faults - counts["faults"])
             number += 1
+            if number % 10 == 0:
+                sys.stderr.write(f"{number} rounds, {counts['faults']} faults\n")
         if given.slurm_rounds and time.monotonic() < end:
             soak_slurm(given, counts, end)
     except Violation as violation:
