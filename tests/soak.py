@@ -442,10 +442,13 @@ class Judge:
     def _harm(self, actor: int) -> None:
         from slurm_cluster import descendants
 
+        from aiohypertunity._executors.workers import child
+        from aiohypertunity._host import guardian
+
         lines = {pid: command_of(pid) for pid in descendants(actor)}
         of = {
-            "guardian": [pid for pid, line in lines.items() if "_guardian.py" in line],
-            "worker": [pid for pid, line in lines.items() if "_worker_main" in line],
+            "guardian": [pid for pid, line in lines.items() if guardian.__file__ in line],
+            "worker": [pid for pid, line in lines.items() if child.__name__ in line],
             "script": [pid for pid, line in lines.items() if "script.sh" in line],
         }
         weights = {"guardian": 1, "worker": 20, "script": 8}
@@ -548,6 +551,8 @@ def judge(told: dict[str, Any], evidence: str, *, excused: bool) -> str | None:
     allowed = {*told["allowed"]}
     if told.get("cancelled") or told.get("closed"):
         allowed.add("JobCancelled")
+        if told["kind"] == "retried":  # nothing is tried again then: the first attempt counts
+            allowed |= {"JobCrashed", "JobFailed"}
     if excused:
         allowed |= {"JobCrashed", "NodeFailed", "JobFailed", "JobCancelled"}
     if got not in allowed:
