@@ -305,10 +305,9 @@ class WorkerProcess:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def retire(self) -> None:
-        """Lets it end by itself, being idle."""
+        """Lets it end by itself, being idle. One that was retired before may take its time."""
         self.retired = True
-        self._loop.remove_reader(self._ours)
-        self._ours.close()
+        self._hang_up()
 
     def acknowledge(self) -> None:
         """Notes that the call it runs takes its time: what the machine lacks now is of its doing."""
@@ -395,9 +394,7 @@ class WorkerProcess:
 
     def _close(self, death: Death) -> None:
         self.retired = True
-        if self._ours.fileno() >= 0:
-            self._loop.remove_reader(self._ours)
-        self._ours.close()
+        self._hang_up()
         self._theirs.close()
         self._started.release()
         self._page.close()
@@ -405,6 +402,12 @@ class WorkerProcess:
         self._capture.unwatch()
         self._capture.remove()
         self._on_death(self, death)
+
+    def _hang_up(self) -> None:
+        """Close the driver's end of the socket, unless that is done."""
+        if self._ours.fileno() >= 0:
+            self._loop.remove_reader(self._ours)
+            self._ours.close()
 
 
 def _function_key(call: Call) -> object:

@@ -325,3 +325,15 @@ async def test_a_stop_while_the_result_is_loaded(tmp_path: Path, how: str) -> No
         if how == "leave":
             await leaving
     assert (result.status, result.data, result.attempts) == (Status.SUCCEEDED, "loaded", 1)
+
+
+@pytest.mark.anyio
+async def test_a_retired_worker_that_is_stopped_does_not_outlive_the_scheduler() -> None:
+    """A worker that was let go and cannot end, being stopped from outside, is killed at the end."""
+    async with Scheduler(n_parallel=1) as scheduler:
+        first = (await run(scheduler, tasks.pid, env={"NUMBER": "1"})).data
+        os.kill(first, signal.SIGSTOP)
+        for number in "23":  # the second one of these needs room
+            await run(scheduler, tasks.pid, env={"NUMBER": number})
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
