@@ -358,6 +358,7 @@ class Judge:
         self.journal: list[str] = []
         self.harm: Counter[str] = Counter()
         self.stopped: list[tuple[float, int]] = []
+        self.n_oom_kills = n_oom_kills()
         self.began = time.monotonic()
         directory = tempfile.mkdtemp(prefix="soak-")
         for name in ("evidence", "tmp", "work"):
@@ -513,6 +514,9 @@ class Judge:
         for told in report["outcomes"]:
             evidence = Path(plan["evidence"], told["name"])
             left_by = evidence.read_text() if evidence.exists() else ""
+            # Others may use the same machine, and tell of it no more than that something was killed.
+            if told["got"] == "OutOfMemory" and n_oom_kills() > self.n_oom_kills:
+                told["got"] = "JobCrashed"
             excuses -= self._excused(told)
             # slurmctld saves its state seconds late: killed before, it revives what was cancelled.
             if told["got"] == "JobCancelled" and excuses >= _MANY:
@@ -578,6 +582,12 @@ def marked(mark: str) -> list[int]:
             if mark.encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return found
+
+
+def n_oom_kills() -> int:
+    """Return how many processes this machine has killed for want of memory."""
+    words = Path("/proc/vmstat").read_text().split()
+    return int(words[words.index("oom_kill") + 1])
 
 
 def command_of(pid: int) -> str:
