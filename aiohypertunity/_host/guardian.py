@@ -69,8 +69,11 @@ def start_marked(start: Start, mark: str) -> subprocess.Popen[bytes]:
         start: Starts it.
         mark: The mark of its tree.
     """
-    limit, own = _limit_of(mark), _limit(0)
+    global _unmarked  # noqa: PLW0603 - limits are the process's, too
+    limit = _limit_of(mark)
     with _starting:
+        # Only here: outside, it may be the mark that another thread holds at the moment.
+        own = _unmarked = _limit(0)
         member = None
         _set_limit(0, limit)
         try:
@@ -78,6 +81,7 @@ def start_marked(start: Start, mark: str) -> subprocess.Popen[bytes]:
             member = process.pid
         finally:
             _set_limit(0, own)
+            _unmarked = None
             _relieve_others(os.getpid(), member, limit, own)
     return process
 
@@ -93,11 +97,17 @@ def start_guardian(start: Start) -> subprocess.Popen[bytes]:
 
 
 _starting = threading.Lock()
+_unmarked: int | None = None
+"""The process's own limit while it holds the mark of what it starts."""
 
 
 def _after_fork() -> None:
-    global _starting  # noqa: PLW0603 - there is no public way to reset a lock
-    _starting = threading.Lock()  # the thread that may have held it is not in the child
+    """Undo in a forked child what another thread of its parent was at: that thread is not in it."""
+    global _starting, _unmarked  # noqa: PLW0603 - there is no public way to reset a lock
+    _starting = threading.Lock()
+    if _unmarked is not None:
+        _set_limit(0, _unmarked)
+        _unmarked = None
 
 
 os.register_at_fork(after_in_child=_after_fork)

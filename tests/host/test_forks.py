@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import tasks
 from helpers import PATIENCE, driver, script
 
 from aiohypertunity import Job, Scheduler, sync
+from aiohypertunity._host import guardian
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning"
 )
 
+RUN = "00000000deadbeef"
 BELONGS = "this scheduler belongs to process"
 
 CHILD_EXITS = """
@@ -163,3 +167,24 @@ def test_a_scheduler_of_its_own(tmp_path: Path) -> None:
         scheduler.dispatch([Job(path) for _ in range(200)])
         assert [in_child(run_one) for _ in range(3)] == ["2"] * 3
         assert all(result.ok for result in scheduler.collect())
+
+
+def test_marks_do_not_stay() -> None:
+    """Threads that start trees at once, and a child that is forked meanwhile, keep no mark of any."""
+    own = guardian._limit(0)
+
+    def start() -> None:
+        for number in range(20):
+            process = guardian.start_marked(lambda: subprocess.Popen(["true"]), f"{RUN}.{number}.")
+            process.wait()
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    limits = set()
+    while any(thread.is_alive() for thread in threads):
+        limits.add(in_child(lambda: guardian._limit(0)))
+    for thread in threads:
+        thread.join()
+    assert limits == {repr(own)}
+    assert guardian._limit(0) == own
