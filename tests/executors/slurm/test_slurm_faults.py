@@ -122,7 +122,7 @@ async def test_no_retry_beside_a_lost_attempt(
         assert node is not None
         cluster.kill_slurmd(node)
         try:
-            await until(lambda: len(list(notes.iterdir())) == 2, 60)
+            await until(lambda: len(list(notes.iterdir())) == 2, 120)
             handle.cancel()
             await asyncio.wait_for(handle, 30)
         finally:
