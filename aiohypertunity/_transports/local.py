@@ -1,11 +1,4 @@
-"""How commands and files get to where `sbatch` is: `Transport`, and `LocalShell`, this machine.
-
-A transport runs lines of POSIX shell on one host, and moves files to and from one directory tree there.
-Nothing above it knows whether that host is this one. All paths are absolute paths of that host.
-
-What fails in the moving (a link, a disk, a missing shell) is a `TransportError`. What a command says of
-itself is in `Done`. An error of the link says nothing about whether the command ran.
-"""
+"""The transport of this machine: commands by /bin/sh, files by their paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""The interface of a host that runs shell commands and stores files, local or remote."""
+"""The interface of a host that runs shell commands and stores files, local or remote.
+
+A transport runs lines of POSIX shell on one host, and moves files to and from one directory tree there.
+No caller knows whether that host is this one. All paths are absolute paths of that host.
+
+A failure to move something (a link, a disk, a missing shell) is a `TransportError`. `Done` has what a
+command reports itself. An error of the link says nothing about whether the command ran.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Jobs on a Slurm cluster.
 
 Rules, which touch nothing:
-options     what users may ask for, as options of sbatch
 shell       what shells run there: the batch script, the watcher of the spool
 text        Slurm's commands: their lines out, what they say in
 trust       who could replace what lies in a directory
@@ -12,10 +11,9 @@ report      a verdict as an outcome, with an error that says what happened
 What is moved:
 elements    an attempt at a job, with the evidence on it; an array of them
 queue       those that wait to be submitted
-spool       the directory of an array: calls in, outcomes and exit codes out
 staging     users' scripts on a cluster that doesn't see this disk
 packing     an array as files
-node        what runs on the compute node; nodecode, how it gets there
+nodecode    the code for the compute node, and how it gets there
 
 Who moves it:
 cluster     commands over a link that may fail, a clock that knows, a budget
@@ -26,4 +24,6 @@ rescue      what Slurm has lost or cannot launch: stopped, or submitted again
 accounting  sacct, where there is any
 lease       the driver of a run, and the proof that it is gone
 executor    all of them together
+
+The options of sbatch are in `_model`; the spool and the node's own code are in `_wire`.
 """

@@ -189,9 +189,9 @@ class Surroundings:
 
     Each is read, and written only where it differs. Reading the handlers, the mask and the timers takes
     3 µs, and reading the 16 limits 7 µs, more than all else that a short call costs. A short call is spared
-    both unless its process has imported `signal` or `resource`, without which it cannot have set any; so
-    neither is left in `sys.modules`. `_signal.getsignal` makes no enum of what it finds either, at
-    4 µs apiece. Handlers that C code installed behind Python's back are left alone: some
+    both unless its process has imported `signal` or `resource`, the public ways to set any; so neither is
+    in `sys.modules` at first. (`signal.getsignal` would also make an enum of each handler, at 4 µs.)
+    Handlers that C code installed behind Python's back are left alone: some
     runtimes that a call loads (Julia's, say) do not work without theirs.
     """
 

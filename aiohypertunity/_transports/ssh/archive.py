@@ -1,4 +1,9 @@
-"""Files as a tar stream: it works without SFTP, takes one channel for any number of files, and is quicker."""
+"""Files as a tar stream.
+
+It works on hosts without SFTP, and takes one channel for any number of files. Measured over a loopback sshd
+beside asyncssh's SFTP client: 100 files of 2 kB in 0.058 s and 0.106 s. A file of 300 MB, which goes by
+`tail` instead, takes as long either way: 2.16 s and 2.10 s.
+"""
 
 from __future__ import annotations
 
